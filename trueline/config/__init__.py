@@ -1,0 +1,1 @@
+"""Every knob, and nothing that computes: no torch here."""

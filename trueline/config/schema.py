@@ -1,0 +1,340 @@
+"""Every key of every stage, with its default and its sentence. Frozen; a key that is not here is an error; there are no aliases."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+Format = Literal[
+    "auto", "messages", "alpaca", "history", "ranked", "cvalues", "sharegpt", "preference", "instruction_pair", "columns", "prompt"
+]
+
+
+class Config(BaseModel):
+    """Frozen, and any key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class AdapterConfig(Config):
+    kind: Literal["full", "lora", "ptuning"] = "full"
+    """What is trained: all weights, low-rank adapters (arXiv:2106.09685), or learned keys and values per layer (arXiv:2110.07602)."""
+    rank: int = Field(8, ge=1)
+    """LoRA: rank of each adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """LoRA: the adapter's output is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """LoRA: dropout on the adapter's input while training."""
+    targets: tuple[Projection, ...] = ("q", "k", "v", "o")
+    """LoRA: the projections that get an adapter, by their logical names."""
+    tokens: int = Field(128, ge=1)
+    """P-tuning v2: learned key/value positions per layer."""
+
+
+class ModelConfig(Config):
+    path: str
+    """Model folder or hub id (config.json, safetensors, tokenizer files); a finished adapter folder works too."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, when the model folder has none or another is wanted."""
+    init: Literal["load", "random"] = "load"
+    """Read the weights, or draw them at random from the model's config (experiments)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Number format of the weights; auto is float32 on CPU and bfloat16 on an accelerator."""
+    adapter: AdapterConfig = AdapterConfig()
+    """What is trained."""
+    recompute: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more time."""
+
+
+class DataConfig(Config):
+    train: tuple[str, ...] = ()
+    """Training files: .json, .jsonl or .parquet, in any of the known schemas."""
+    eval: tuple[str, ...] = ()
+    """Held-out files."""
+    eval_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the training records held out for evaluation when `data.eval` is empty (drawn with run.seed)."""
+    format: Format = "auto"
+    """Schema of the files; auto recognises it from the fields of the first record."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first so many training records."""
+    max_length: int = Field(1024, ge=8)
+    """Longest sample in tokens, prompt and answer together."""
+    overlength: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a longer one: stop with its line, leave it out (counted), or cut the answer at the end (its stop token is then untrained)."""
+    ranked: Literal["all", "best"] = "all"
+    """Ranked answers: every pair, or the best against each of the rest."""
+    train_on: Literal["all", "last"] = "all"
+    """SFT: train on every assistant turn, or on the last one only."""
+
+    @model_validator(mode="after")
+    def _one_eval(self) -> "DataConfig":
+        if self.eval and self.eval_fraction:
+            raise ValueError("eval and eval_fraction exclude each other; keep the held-out files or the fraction")
+        return self
+
+
+class BatchConfig(Config):
+    sequences: int = Field(8, ge=1)
+    """Samples (SFT) or pairs (reward, DPO) per optimizer step, over all ranks."""
+    max_tokens: int = Field(8192, ge=8)
+    """Tokens per packed micro-batch; any value gives the same gradients, it bounds memory."""
+
+
+class OptimizerConfig(Config):
+    lr: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay (AdamW); never on biases and norms."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's two averaging factors."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's denominator floor."""
+    max_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm."""
+    warmup: float = Field(0.05, ge=0)
+    """Linear warm-up: a share of all steps below 1, a number of steps from 1 on."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up."""
+    floor: float = Field(0.0, ge=0, le=1)
+    """Share of the peak learning rate the schedule ends at."""
+
+
+class MeshConfig(Config):
+    data: int = Field(1, ge=1)
+    """Ranks that share the data (FSDP2)."""
+    tensor: int = Field(1, ge=1)
+    """Ranks that share each weight (tensor parallel)."""
+
+
+class RunConfig(Config):
+    output: Path
+    """Folder of this run; made if missing."""
+    seed: int = Field(0, ge=0)
+    """Every random draw is keyed by this, a purpose, a step and an index."""
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps (PPO: iterations); or give epochs."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training records; or give steps."""
+    log_every: int = Field(1, ge=1)
+    """Steps between lines in metrics.jsonl and on the terminal."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluations; 0 evaluates at the end only."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves at the end and when interrupted."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+    resume: Literal["auto", "never"] | int = "auto"
+    """auto: go on from the newest checkpoint that verifies; never: refuse a folder with checkpoints; N: go on from step N."""
+    tracker: Literal["none", "tensorboard"] = "none"
+    """Also write the metrics for this tracker."""
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> "RunConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        return self
+
+
+class DpoConfig(Config):
+    loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid"
+    """sigmoid: arXiv:2305.18290 eq. 7; ipo: arXiv:2310.12036 eq. 17 (length-averaged log-probabilities); hinge: arXiv:2305.10425."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the pull towards the reference; IPO's tau."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Assumed share of flipped preferences (conservative DPO); sigmoid only."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss."""
+
+    @model_validator(mode="after")
+    def _smoothing(self) -> "DpoConfig":
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError("label_smoothing needs loss: sigmoid")
+        return self
+
+
+class ReferenceConfig(Config):
+    kind: Literal["auto", "adapters_off", "frozen", "stored"] = "auto"
+    """Where reference log-probabilities come from; auto: adapters off when an adapter is trained, a frozen copy otherwise."""
+    path: str | None = None
+    """frozen: another model folder than model.path; stored: the file `prepare` wrote."""
+
+
+class RankingConfig(Config):
+    loss: Literal["last", "tokenwise"] = "last"
+    """last: Bradley-Terry on the scores of the last tokens; tokenwise: on every token after the answers part (MindRLHF's)."""
+
+
+class CriticConfig(Config):
+    path: str | None = None
+    """Model the critic starts from; none: the policy's own trunk (with an adapter of its own) or a copy of it (full)."""
+    adapter: AdapterConfig | None = None
+    """What of the critic is trained; none: as the policy's. full on a policy with adapters needs its own path or a copy of the trunk."""
+    optimizer: OptimizerConfig | None = None
+    """None: as the policy's."""
+
+
+class RewardSourceConfig(Config):
+    model: str | None = None
+    """Reward model folder (from `trueline reward`), or its adapter folder; or give function."""
+    function: str | None = None
+    """`file.py:name`, called with the list of answers (and, if it has such parameters, prompts= and records=); returns one number each."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds one call of the function may take before its process is killed and the run stops."""
+    scale: float = 1.0
+    """The score is multiplied by this."""
+    clip: float | None = Field(None, gt=0)
+    """Scores are clipped to [-clip, clip] after scaling."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "RewardSourceConfig":
+        if (self.model is None) == (self.function is None):
+            raise ValueError("give exactly one of model and function")
+        return self
+
+
+class RolloutConfig(Config):
+    prompts: int = Field(8, ge=1)
+    """Prompts per iteration."""
+    samples: int = Field(1, ge=1)
+    """Answers sampled per prompt."""
+    running: int = Field(64, ge=1)
+    """Answers generated at the same time (continuous batching)."""
+
+
+class SamplingConfig(Config):
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer in tokens."""
+    temperature: float = Field(1.0, ge=0)
+    """Logits are divided by this before anything else; 0 takes the most likely token."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with at least this probability."""
+    top_k: int = Field(0, ge=0)
+    """Sample from the k most likely tokens; 0 is all."""
+
+
+class PpoConfig(Config):
+    kl_coefficient: float = Field(0.02, ge=0)
+    """Reward per token is reduced by this times log p - log reference."""
+    kl_target: float | None = Field(None, gt=0)
+    """Adaptive coefficient (arXiv:1909.08593 sect. 2.2): wanted KL per answer, in nats summed over its tokens; none keeps it fixed."""
+    kl_horizon: int = Field(10000, ge=1)
+    """Adaptive coefficient: answers over which it reacts."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount per token."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE's decay (arXiv:1506.02438)."""
+    whiten: bool = True
+    """Advantages are brought to mean 0 and deviation 1 over all answer tokens of the iteration."""
+    epochs: int = Field(1, ge=1)
+    """Passes over each iteration's rollouts."""
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps per pass."""
+    clip: float = Field(0.2, gt=0)
+    """The policy ratio counts only within 1 +- clip."""
+    value_clip: float = Field(0.2, gt=0)
+    """The critic's change counts only within +- value_clip of its old value."""
+    target_kl: float | None = Field(None, gt=0)
+    """Stop the passes over an iteration's rollouts when mean KL per token from the rollout policy exceeds this; none never stops."""
+    ptx_coefficient: float = Field(0.0, ge=0)
+    """Weight of the supervised loss on `data.ptx`, added to the policy loss (arXiv:2203.02155 eq. 2)."""
+    no_stop_penalty: float = Field(0.0, ge=0)
+    """Subtracted from the score of an answer that did not stop within max_new_tokens."""
+
+
+class StageConfig(Config):
+    """What every training stage has."""
+
+    model: ModelConfig
+    """The model to train."""
+    data: DataConfig
+    """What it is trained on."""
+    batch: BatchConfig = BatchConfig()
+    """Size of a step and of a micro-batch."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW and its schedule."""
+    mesh: MeshConfig = MeshConfig()
+    """How ranks are arranged."""
+    run: RunConfig
+    """Where, how long, how often."""
+
+    @model_validator(mode="after")
+    def _has_data(self) -> "StageConfig":
+        if not self.data.train:
+            raise ValueError("data.train is empty; name at least one file")
+        return self
+
+
+class SftConfig(StageConfig):
+    """`trueline sft`."""
+
+
+class RewardConfig(StageConfig):
+    """`trueline reward`."""
+
+    ranking: RankingConfig = RankingConfig()
+    """The ranking loss."""
+
+
+class DpoStageConfig(StageConfig):
+    """`trueline dpo`."""
+
+    dpo: DpoConfig = DpoConfig()
+    """The preference loss."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """The model it is measured against."""
+
+
+class PpoDataConfig(DataConfig):
+    ptx: tuple[str, ...] = ()
+    """Supervised files for the pretraining-loss mix."""
+
+
+class PpoStageConfig(StageConfig):
+    """`trueline ppo`."""
+
+    data: PpoDataConfig
+    """Prompts, and the files of the pretraining-loss mix."""
+    critic: CriticConfig = CriticConfig()
+    """The value model."""
+    reward: RewardSourceConfig
+    """Where scores come from."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """The model the policy is held to."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How much is generated per iteration."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How it is sampled."""
+    ppo: PpoConfig = PpoConfig()
+    """The algorithm."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> "PpoStageConfig":
+        if self.ppo.ptx_coefficient and not self.data.ptx:
+            raise ValueError("ppo.ptx_coefficient needs data.ptx")
+        if self.reference.kind == "stored":
+            raise ValueError("reference.kind: stored is for dpo; rollouts are new each iteration")
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature: 0 never explores; PPO needs a positive temperature")
+        if self.ppo.minibatches > self.rollout.prompts * self.rollout.samples:
+            raise ValueError("ppo.minibatches exceeds the rollouts of an iteration (rollout.prompts x rollout.samples)")
+        return self
+
+
+class EvaluateConfig(Config):
+    """`trueline evaluate`: loss on held-out data, and answers for its prompts."""
+
+    model: ModelConfig
+    """The model to evaluate; a reward model is evaluated on pairs."""
+    data: DataConfig
+    """Held-out files in data.eval."""
+    batch: BatchConfig = BatchConfig()
+    """Size of a micro-batch."""
+    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    """How answers are generated."""
+    generate: bool = True
+    """Also answer the prompts."""
+    reward: RewardSourceConfig | None = None
+    """Score the answers with this."""
+    run: RunConfig
+    """Where results go (metrics.jsonl, samples.jsonl); steps and epochs are not used."""

@@ -1,0 +1,1 @@
+"""Text to token samples. No torch here."""

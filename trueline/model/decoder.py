@@ -1,0 +1,180 @@
+"""One decoder for every family: they differ only in `DecoderConfig`.
+
+Tokens are packed: every activation is `[T, D]`, several sequences end to end, told apart by a `Layout`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trueline.model.layout import Layout, Prefixed
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and the few choices in which families differ."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    linear_bias: bool = False  # output projection and mlp
+    rope: Literal["half", "interleaved"] = "half"  # which two channels turn together
+    rope_theta: float = 1e4
+    rope_dim: int | None = None  # rotated part of a head; None is all of it
+    tied_embeddings: bool = False
+    init_std: float = 0.02
+
+
+def rotation(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, each `[T, 1, rope_dim / 2]` float32 (arXiv:2104.09864 sect. 3.4)."""
+    size = config.rope_dim or config.head_dim
+    # the angles are float32 whatever the model's dtype, as every family's own code has them
+    exponents = torch.arange(0, size, 2, dtype=torch.int64, device=positions.device).float() / size
+    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)
+    return angles.cos()[:, None], angles.sin()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, config: DecoderConfig) -> Tensor:
+    """Rotary embedding of `x` `[T, H, d]`, in `x`'s dtype."""
+    size = config.rope_dim or config.head_dim
+    turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    interleaved = config.rope == "interleaved"
+    a, b = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    turned = torch.stack((a, b), -1).flatten(-2) if interleaved else torch.cat((a, b), -1)
+    return turned if rest is None else torch.cat((turned, rest), -1)
+
+
+class LowRank(nn.Module):
+    """LoRA (arXiv:2106.09685 eq. 3): `x` `[T, in]` -> `scale * up(down(dropout(x)))` `[T, out]`, zero until trained."""
+
+    def __init__(self, size_in: int, size_out: int, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        self.scale = alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(size_in, rank, bias=False)
+        self.up = nn.Linear(rank, size_out, bias=False)
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.up(self.down(self.dropout(x)))
+
+
+class Prefix(nn.Module):
+    """P-tuning v2 (arXiv:2110.07602): learned keys and values `[L, P, G, d]` that every token of every sequence also sees."""
+
+    def __init__(self, layers: int, tokens: int, kv_heads: int, head_dim: int):
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(layers, tokens, kv_heads, head_dim))
+        self.values = nn.Parameter(torch.empty(layers, tokens, kv_heads, head_dim))
+
+
+def project(module: nn.Module, name: str, x: Tensor, role: str | None) -> Tensor:
+    """`module`'s linear `name`, plus the adapter that `role` has there. Role None is the bare model.
+
+    The role travels as an argument, not as state: with recompute, the backward pass runs this forward again, under whatever role is
+    active by then.
+    """
+    y: Tensor = getattr(module, name)(x)
+    adapters = module.adapters  # type: ignore[union-attr]
+    if role is not None and role in adapters and name in adapters[role]:  # type: ignore[operator,index]
+        y = y + adapters[role][name](x)  # type: ignore[index]
+    return y
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.q = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.qkv_bias)
+        self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.linear_bias)
+        self.adapters = nn.ModuleDict()  # role -> projection name -> LowRank
+
+    def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None) -> Tensor:
+        # -1 heads: under tensor parallelism a rank holds a slice of them
+        q, k, v = (project(self, name, x, role).unflatten(-1, (-1, self.config.head_dim)) for name in "qkv")
+        q, k = rotate(q, *turn, self.config), rotate(k, *turn, self.config)
+        return project(self, "o", layout.attend(self.layer, q, k, v).flatten(1), role)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=config.linear_bias)
+        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=config.linear_bias)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.linear_bias)
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, x: Tensor, role: str | None) -> Tensor:
+        return project(self, "down", F.silu(project(self, "gate", x, role)) * project(self, "up", x, role), role)
+
+
+class Block(nn.Module):
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), layout, turn, role)
+        return x + self.mlp(self.mlp_norm(x), role)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm, and the vocabulary head (used by `heads.LanguageModel`, absent from reward models)."""
+
+    def __init__(self, config: DecoderConfig, with_head: bool = True):
+        super().__init__()
+        self.config = config
+        self.recompute = False
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if with_head else None
+        if self.head is not None and config.tied_embeddings:
+            self.head.weight = self.embed.weight
+        self.prefixes = nn.ModuleDict()  # role -> Prefix
+
+    def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
+        """Hidden states `[T, D]` of packed `tokens` `[T]`, after the final norm."""
+        if role is not None and role in self.prefixes:
+            prefix = self.prefixes[role]
+            layout = Prefixed(layout, prefix.keys, prefix.values)  # type: ignore[arg-type]
+        turn = rotation(layout.positions, self.config)
+        x = self.embed(tokens)
+        for layer in self.layers:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, layout, turn, role, use_reentrant=False)
+            else:
+                x = layer(x, layout, turn, role)
+        return self.norm(x)
+
+
+@torch.no_grad()
+def init_weights(decoder: Decoder, generator: torch.Generator) -> None:
+    """Random weights for experiments: normal with `config.init_std` (residual projections scaled by depth), norms one, biases zero."""
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            residual = name.endswith(("attention.o.weight", "mlp.down.weight"))
+            std = decoder.config.init_std / ((2 * decoder.config.num_layers) ** 0.5 if residual else 1.0)
+            parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,95 @@
+"""What the stages ask of a decoder: log-probabilities of tokens, or one score per token. The one-token shift is written here, twice."""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from trueline.model.batch import Batch
+from trueline.model.decoder import Decoder
+
+CHUNK = 2048  # rows of logits alive at once; below about 2,000 rows the matrix products slow down
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for every dtype but float64: log-probabilities, scores and losses are never 16-bit."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class LinearLogProbability(torch.autograd.Function):
+    """log softmax(hidden @ weight.T / temperature)[target] for each row, never holding `[rows, vocabulary]`.
+
+    Forward keeps the log-sum-exp of each row; backward makes each chunk's logits again. The head's gradient is skipped when it is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+        dtype = accumulation_dtype(hidden.dtype)
+        out = hidden.new_empty(len(hidden), dtype=dtype)
+        totals = hidden.new_empty(len(hidden), dtype=dtype)
+        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+            logits = (hidden[rows] @ weight.T).to(dtype) / temperature
+            totals[rows] = logits.logsumexp(-1)
+            out[rows] = logits.gather(-1, target[rows, None])[:, 0] - totals[rows]
+        ctx.save_for_backward(hidden, weight, target, totals)
+        ctx.temperature = temperature  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        hidden, weight, target, totals = ctx.saved_tensors  # type: ignore[attr-defined]
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # float32 even for a bfloat16 head: chunk sums in 16 bits would bias the gradient
+        grad_weight = torch.zeros_like(weight, dtype=totals.dtype) if needs_weight else None
+        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
+            logits = (hidden[rows] @ weight.T).to(totals.dtype) / ctx.temperature  # type: ignore[attr-defined]
+            slope = (logits - totals[rows, None]).exp_().neg_()
+            slope.scatter_add_(-1, target[rows, None], slope.new_ones(len(rows), 1))
+            slope *= (grad[rows] / ctx.temperature)[:, None]  # type: ignore[attr-defined]
+            slope = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = slope @ weight
+            if grad_weight is not None:
+                grad_weight += (slope.T @ hidden[rows]).to(grad_weight.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+class LanguageModel(nn.Module):
+    """A decoder in one of its roles, as a distribution over the next token. Several share one decoder."""
+
+    def __init__(self, decoder: Decoder, role: str | None = None):
+        super().__init__()
+        self.decoder, self.role = decoder, role
+
+    def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """log p(token t | before it) at index t `[T]`, zero on untrained tokens; float32 (float64 for a float64 model).
+
+        With a temperature, the log-probabilities of the distribution tokens are sampled from: logits / temperature, before any truncation.
+        """
+        hidden = self.decoder(batch.tokens, batch.layout, self.role)
+        rows = batch.trained.nonzero()[:, 0]
+        # the shift: token t is predicted by the state at t - 1
+        picked = LinearLogProbability.apply(hidden[rows - 1], self.decoder.head.weight, batch.tokens[rows], temperature)  # type: ignore[union-attr]
+        return picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked)
+
+
+class Scorer(nn.Module):
+    """A decoder in one of its roles with a scalar head: the reward model, and PPO's critic. It has no vocabulary head."""
+
+    def __init__(self, decoder: Decoder, role: str | None = None):
+        super().__init__()
+        self.decoder, self.role = decoder, role
+        weight = decoder.embed.weight
+        self.score = nn.Linear(decoder.config.hidden_size, 1, bias=False, dtype=weight.dtype, device=weight.device)
+        nn.init.zeros_(self.score.weight)  # scores start at 0, whatever the trunk; gradients reach the head at once
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Score of each token's state `[T]`; float32 (float64 for a float64 model)."""
+        hidden = self.decoder(batch.tokens, batch.layout, self.role)
+        scores: Tensor = self.score(hidden)[:, 0]
+        return scores.to(accumulation_dtype(scores.dtype))
+
+
+def values_before(scores: Tensor, batch: Batch) -> Tensor:
+    """A critic's `scores` `[T]` as the value of the state *before* token t at index t; zero on untrained tokens."""
+    return torch.cat((scores.new_zeros(1), scores[:-1])) * batch.trained  # the shift
