@@ -1,0 +1,58 @@
+# Every target sets itself up: the first one to run makes .venv with the versions in constraints.txt, and later ones find it ready.
+# Needs Python 3.11, 3.12 or 3.13 (PYTHON=... picks one) and nothing else.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13 python3
+USABLE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+FIND_PYTHON = for p in $(CANDIDATES); do if $$p -c "$(USABLE)" > /dev/null 2>&1; then echo $$p; break; fi; done
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+MEASUREMENTS = $(sort $(wildcard bench/*.py))
+PEERS = $(sort $(wildcard bench/peers/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint frozen bench bench-peers
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+setup: $(READY) ## make .venv with pinned versions
+
+$(READY): pyproject.toml constraints.txt
+	@set -e; \
+	if ! $(BIN)/python -c "$(USABLE)" > /dev/null 2>&1; then \
+		python=$$($(FIND_PYTHON)); \
+		if [ -z "$$python" ]; then \
+			echo "trueline needs Python 3.11, 3.12 or 3.13 with its venv module; install it, or name one: make PYTHON=/path/to/python3" >&2; \
+			exit 1; \
+		fi; \
+		echo "making $(VENV) with $$($$python --version)"; \
+		$$python -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY) ## fine-tune, reward model, PPO and DPO on data it writes itself; results in demo/
+	$(BIN)/trueline demo --out demo
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint ## lint, then every fast test
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(READY) ## the tests that take minutes
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -m slow
+
+frozen: $(READY) ## rewrite what the structure tests hold frozen: tests/structure/surface.txt, docs/configuration.md
+	$(BIN)/python -m tests.structure.refresh
+
+bench: $(READY) ## measure trueline; JSON lines
+	@test -n "$(MEASUREMENTS)" || { echo "no measurements in bench/" >&2; exit 1; }
+	@set -e; for file in $(MEASUREMENTS); do echo "# $$file" >&2; $(BIN)/python $$file; done
+
+bench-peers: $(READY) ## measure trueline beside other libraries; JSON lines
+	@test -n "$(PEERS)" || { echo "no measurements in bench/peers/" >&2; exit 1; }
+	@set -e; for file in $(PEERS); do echo "# $$file" >&2; $(BIN)/python $$file; done

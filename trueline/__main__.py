@@ -1,0 +1,6 @@
+"""`python -m trueline` and `torchrun -m trueline`: the same as the `trueline` command."""
+
+from trueline.cli import main
+
+if __name__ == "__main__":
+    main()
