@@ -1,7 +1,7 @@
-"""The two ways a command ends badly, each with one sentence for the person who typed it.
+"""The three ways a command ends early, each with one sentence for the person who typed it.
 
-`UserError` is a mistake in usage, configuration or data (exit code 2); `RunError` is a run that could not go on (exit code 1).
-Neither is ever shown with a traceback.
+`UserError` is a mistake in usage, configuration or data (exit code 2), `RunError` a run that could not go on (exit code 1),
+`Interrupted` a run that was told to stop and saved first (130 or 143). None of them is ever shown with a traceback.
 """
 
 from collections.abc import Iterable
@@ -21,3 +21,11 @@ class RunError(Exception):
     """The run failed although it was asked for correctly: a full disk, a non-finite loss, a reward function that died."""
 
     exit_code = 1
+
+
+class Interrupted(Exception):
+    """The run was told to stop and has saved; the message says where. `exit_code` is 130 after Ctrl-C and 143 after SIGTERM."""
+
+    def __init__(self, message: str, exit_code: int = 130):
+        self.exit_code = exit_code
+        super().__init__(message)

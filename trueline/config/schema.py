@@ -1,9 +1,10 @@
-"""Every key of every stage, with its default and its sentence. Frozen; a key that is not here is an error; there are no aliases."""
+"""Every key of every stage, with its default and its sentence. Frozen; a key that is not here is an error; there are no aliases.
+A validator's message names the keys it speaks of as they are written in a file (`run.steps`), so that `load` can point at their line."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Format = Literal[
@@ -14,7 +15,16 @@ Format = Literal[
 class Config(BaseModel):
     """Frozen, and any key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+Files = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdapterConfig(Config):
@@ -26,7 +36,7 @@ class AdapterConfig(Config):
     """LoRA: the adapter's output is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """LoRA: dropout on the adapter's input while training."""
-    targets: tuple[Projection, ...] = ("q", "k", "v", "o")
+    targets: tuple[Projection, ...] = Field(("q", "k", "v", "o"), min_length=1)
     """LoRA: the projections that get an adapter, by their logical names."""
     tokens: int = Field(128, ge=1)
     """P-tuning v2: learned key/value positions per layer."""
@@ -48,9 +58,9 @@ class ModelConfig(Config):
 
 
 class DataConfig(Config):
-    train: tuple[str, ...] = ()
+    train: Files = ()
     """Training files: .json, .jsonl or .parquet, in any of the known schemas."""
-    eval: tuple[str, ...] = ()
+    eval: Files = ()
     """Held-out files."""
     eval_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the training records held out for evaluation when `data.eval` is empty (drawn with run.seed)."""
@@ -61,7 +71,7 @@ class DataConfig(Config):
     max_length: int = Field(1024, ge=8)
     """Longest sample in tokens, prompt and answer together."""
     overlength: Literal["error", "drop", "truncate"] = "error"
-    """What to do with a longer one: stop with its line, leave it out (counted), or cut the answer at the end (its stop token is then untrained)."""
+    """What to do with a longer one: stop with its line; leave it out, counted; or cut the answer, which then trains no stop token."""
     ranked: Literal["all", "best"] = "all"
     """Ranked answers: every pair, or the best against each of the rest."""
     train_on: Literal["all", "last"] = "all"
@@ -70,7 +80,7 @@ class DataConfig(Config):
     @model_validator(mode="after")
     def _one_eval(self) -> "DataConfig":
         if self.eval and self.eval_fraction:
-            raise ValueError("eval and eval_fraction exclude each other; keep the held-out files or the fraction")
+            raise ValueError("data.eval and data.eval_fraction exclude each other; keep the held-out files or the fraction")
         return self
 
 
@@ -86,7 +96,7 @@ class OptimizerConfig(Config):
     """Peak learning rate."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (AdamW); never on biases and norms."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     """AdamW's two averaging factors."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's denominator floor."""
@@ -110,7 +120,7 @@ class MeshConfig(Config):
 class RunConfig(Config):
     output: Path
     """Folder of this run; made if missing."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Every random draw is keyed by this, a purpose, a step and an index."""
     steps: int | None = Field(None, ge=1)
     """Optimizer steps (PPO: iterations); or give epochs."""
@@ -124,16 +134,10 @@ class RunConfig(Config):
     """Steps between checkpoints; 0 saves at the end and when interrupted."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep."""
-    resume: Literal["auto", "never"] | int = "auto"
+    resume: Literal["auto", "never"] | Annotated[int, Field(ge=0)] = "auto"
     """auto: go on from the newest checkpoint that verifies; never: refuse a folder with checkpoints; N: go on from step N."""
     tracker: Literal["none", "tensorboard"] = "none"
     """Also write the metrics for this tracker."""
-
-    @model_validator(mode="after")
-    def _steps_or_epochs(self) -> "RunConfig":
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of steps and epochs")
-        return self
 
 
 class DpoConfig(Config):
@@ -149,7 +153,7 @@ class DpoConfig(Config):
     @model_validator(mode="after")
     def _smoothing(self) -> "DpoConfig":
         if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError("label_smoothing needs loss: sigmoid")
+            raise ValueError("dpo.label_smoothing needs dpo.loss: sigmoid")
         return self
 
 
@@ -158,6 +162,14 @@ class ReferenceConfig(Config):
     """Where reference log-probabilities come from; auto: adapters off when an adapter is trained, a frozen copy otherwise."""
     path: str | None = None
     """frozen: another model folder than model.path; stored: the file `prepare` wrote."""
+
+    @model_validator(mode="after")
+    def _path_fits_kind(self) -> "ReferenceConfig":
+        if self.path and self.kind in ("auto", "adapters_off"):
+            raise ValueError(f"reference.path is not used with reference.kind: {self.kind}; set reference.kind to frozen or stored")
+        if self.kind == "stored" and not self.path:
+            raise ValueError("reference.kind: stored needs reference.path, the file `trueline prepare` wrote")
+        return self
 
 
 class RankingConfig(Config):
@@ -189,7 +201,7 @@ class RewardSourceConfig(Config):
     @model_validator(mode="after")
     def _one_source(self) -> "RewardSourceConfig":
         if (self.model is None) == (self.function is None):
-            raise ValueError("give exactly one of model and function")
+            raise ValueError("give exactly one of reward.model and reward.function")
         return self
 
 
@@ -211,6 +223,22 @@ class SamplingConfig(Config):
     """Sample from the smallest set of tokens with at least this probability."""
     top_k: int = Field(0, ge=0)
     """Sample from the k most likely tokens; 0 is all."""
+
+
+class GreedySamplingConfig(SamplingConfig):
+    temperature: float = Field(0.0, ge=0)
+    """Logits are divided by this before anything else; 0 takes the most likely token."""
+
+
+class GenerateConfig(SamplingConfig):
+    """`trueline generate` and `trueline chat`: keys without a section, given on the command line."""
+
+    temperature: float = Field(0.0, ge=0)
+    """Logits are divided by this before anything else; 0 takes the most likely token."""
+    n: int = Field(1, ge=1)
+    """Answers per prompt."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Every draw is keyed by this, the prompt and the answer's number."""
 
 
 class PpoConfig(Config):
@@ -259,9 +287,15 @@ class StageConfig(Config):
     """Where, how long, how often."""
 
     @model_validator(mode="after")
-    def _has_data(self) -> "StageConfig":
+    def _stage_is_sound(self) -> "StageConfig":
+        problems = []
         if not self.data.train:
-            raise ValueError("data.train is empty; name at least one file")
+            problems.append("data.train is empty; name at least one file")
+        if (self.run.steps is None) == (self.run.epochs is None):
+            problems.append("give exactly one of run.steps and run.epochs")
+        if self.run.eval_every and not (self.data.eval or self.data.eval_fraction):
+            problems.append("run.eval_every needs held-out records: data.eval or data.eval_fraction")
+        _refuse(problems)
         return self
 
 
@@ -284,9 +318,14 @@ class DpoStageConfig(StageConfig):
     reference: ReferenceConfig = ReferenceConfig()
     """The model it is measured against."""
 
+    @model_validator(mode="after")
+    def _dpo_is_sound(self) -> "DpoStageConfig":
+        _refuse(_reference_problems(self.model, self.reference))
+        return self
+
 
 class PpoDataConfig(DataConfig):
-    ptx: tuple[str, ...] = ()
+    ptx: Files = ()
     """Supervised files for the pretraining-loss mix."""
 
 
@@ -309,16 +348,26 @@ class PpoStageConfig(StageConfig):
     """The algorithm."""
 
     @model_validator(mode="after")
-    def _sound(self) -> "PpoStageConfig":
-        if self.ppo.ptx_coefficient and not self.data.ptx:
-            raise ValueError("ppo.ptx_coefficient needs data.ptx")
+    def _ppo_is_sound(self) -> "PpoStageConfig":
+        problems = _reference_problems(self.model, self.reference)
+        if bool(self.ppo.ptx_coefficient) != bool(self.data.ptx):
+            problems.append("ppo.ptx_coefficient and data.ptx need each other; give both or neither")
+        if self.ppo.kl_target is not None and not self.ppo.kl_coefficient:
+            problems.append("ppo.kl_target adapts ppo.kl_coefficient, which must then start above 0")
         if self.reference.kind == "stored":
-            raise ValueError("reference.kind: stored is for dpo; rollouts are new each iteration")
+            problems.append("reference.kind: stored is for dpo; rollouts are new each iteration")
         if self.sampling.temperature == 0:
-            raise ValueError("sampling.temperature: 0 never explores; PPO needs a positive temperature")
+            problems.append("sampling.temperature: 0 never explores; PPO needs a positive temperature")
         if self.ppo.minibatches > self.rollout.prompts * self.rollout.samples:
-            raise ValueError("ppo.minibatches exceeds the rollouts of an iteration (rollout.prompts x rollout.samples)")
+            problems.append("ppo.minibatches exceeds the rollouts of an iteration (rollout.prompts x rollout.samples)")
+        _refuse(problems)
         return self
+
+
+def _reference_problems(model: ModelConfig, reference: ReferenceConfig) -> list[str]:
+    if reference.kind == "adapters_off" and model.adapter.kind == "full":
+        return ["reference.kind: adapters_off needs an adapter to switch off; set model.adapter.kind to lora or ptuning, or use frozen"]
+    return []
 
 
 class EvaluateConfig(Config):
@@ -330,7 +379,7 @@ class EvaluateConfig(Config):
     """Held-out files in data.eval."""
     batch: BatchConfig = BatchConfig()
     """Size of a micro-batch."""
-    sampling: SamplingConfig = SamplingConfig(temperature=0.0)
+    sampling: GreedySamplingConfig = GreedySamplingConfig()
     """How answers are generated."""
     generate: bool = True
     """Also answer the prompts."""
@@ -338,3 +387,12 @@ class EvaluateConfig(Config):
     """Score the answers with this."""
     run: RunConfig
     """Where results go (metrics.jsonl, samples.jsonl); steps and epochs are not used."""
+
+    @model_validator(mode="after")
+    def _has_data(self) -> "EvaluateConfig":
+        if not (self.data.eval or (self.data.train and self.data.eval_fraction)):
+            raise ValueError("data.eval is empty; name the held-out files, or data.train with data.eval_fraction")
+        return self
+
+
+STAGES = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoStageConfig, "ppo": PpoStageConfig, "evaluate": EvaluateConfig}
