@@ -1,5 +1,5 @@
 """Every key of every stage, with its default and its sentence. Frozen; a key that is not here is an error; there are no aliases.
-A validator's message names the keys it speaks of as they are written in a file (`run.steps`), so that `load` can point at their line."""
+`conflicts()` tells of keys that do not go together; its sentences name whole keys, so that `load` can point at their lines."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,10 +17,16 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
+    def conflicts(self) -> list[str]:
+        """Sentences about keys that do not go together; asked for once the whole configuration is there."""
+        return []
 
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise ValueError("\n".join(problems))
+
+def _refuse_conflicts(config: Config) -> None:
+    sections = [value for value in dict(config).values() if isinstance(value, Config)]
+    sentences = [sentence for part in (*sections, config) for sentence in part.conflicts()]
+    if sentences:
+        raise ValueError("\n".join(sentences))
 
 
 Files = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
@@ -77,11 +83,9 @@ class DataConfig(Config):
     train_on: Literal["all", "last"] = "all"
     """SFT: train on every assistant turn, or on the last one only."""
 
-    @model_validator(mode="after")
-    def _one_eval(self) -> "DataConfig":
-        if self.eval and self.eval_fraction:
-            raise ValueError("data.eval and data.eval_fraction exclude each other; keep the held-out files or the fraction")
-        return self
+    def conflicts(self) -> list[str]:
+        both = self.eval and self.eval_fraction
+        return ["data.eval and data.eval_fraction exclude each other; keep the held-out files or the fraction"] if both else []
 
 
 class BatchConfig(Config):
@@ -150,11 +154,8 @@ class DpoConfig(Config):
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss."""
 
-    @model_validator(mode="after")
-    def _smoothing(self) -> "DpoConfig":
-        if self.label_smoothing and self.loss != "sigmoid":
-            raise ValueError("dpo.label_smoothing needs dpo.loss: sigmoid")
-        return self
+    def conflicts(self) -> list[str]:
+        return ["dpo.label_smoothing needs dpo.loss: sigmoid"] if self.label_smoothing and self.loss != "sigmoid" else []
 
 
 class ReferenceConfig(Config):
@@ -163,13 +164,12 @@ class ReferenceConfig(Config):
     path: str | None = None
     """frozen: another model folder than model.path; stored: the file `prepare` wrote."""
 
-    @model_validator(mode="after")
-    def _path_fits_kind(self) -> "ReferenceConfig":
+    def conflicts(self) -> list[str]:
         if self.path and self.kind in ("auto", "adapters_off"):
-            raise ValueError(f"reference.path is not used with reference.kind: {self.kind}; set reference.kind to frozen or stored")
+            return [f"reference.path is not used with reference.kind: {self.kind}; set reference.kind to frozen or stored"]
         if self.kind == "stored" and not self.path:
-            raise ValueError("reference.kind: stored needs reference.path, the file `trueline prepare` wrote")
-        return self
+            return ["reference.kind: stored needs reference.path, the file `trueline prepare` wrote"]
+        return []
 
 
 class RankingConfig(Config):
@@ -198,11 +198,8 @@ class RewardSourceConfig(Config):
     clip: float | None = Field(None, gt=0)
     """Scores are clipped to [-clip, clip] after scaling."""
 
-    @model_validator(mode="after")
-    def _one_source(self) -> "RewardSourceConfig":
-        if (self.model is None) == (self.function is None):
-            raise ValueError("give exactly one of reward.model and reward.function")
-        return self
+    def conflicts(self) -> list[str]:
+        return ["give exactly one of reward.model and reward.function"] if (self.model is None) == (self.function is None) else []
 
 
 class RolloutConfig(Config):
@@ -275,7 +272,7 @@ class StageConfig(Config):
 
     model: ModelConfig
     """The model to train."""
-    data: DataConfig
+    data: DataConfig = DataConfig()
     """What it is trained on."""
     batch: BatchConfig = BatchConfig()
     """Size of a step and of a micro-batch."""
@@ -287,7 +284,11 @@ class StageConfig(Config):
     """Where, how long, how often."""
 
     @model_validator(mode="after")
-    def _stage_is_sound(self) -> "StageConfig":
+    def _sound(self) -> "StageConfig":
+        _refuse_conflicts(self)
+        return self
+
+    def conflicts(self) -> list[str]:
         problems = []
         if not self.data.train:
             problems.append("data.train is empty; name at least one file")
@@ -295,8 +296,7 @@ class StageConfig(Config):
             problems.append("give exactly one of run.steps and run.epochs")
         if self.run.eval_every and not (self.data.eval or self.data.eval_fraction):
             problems.append("run.eval_every needs held-out records: data.eval or data.eval_fraction")
-        _refuse(problems)
-        return self
+        return problems
 
 
 class SftConfig(StageConfig):
@@ -318,10 +318,8 @@ class DpoStageConfig(StageConfig):
     reference: ReferenceConfig = ReferenceConfig()
     """The model it is measured against."""
 
-    @model_validator(mode="after")
-    def _dpo_is_sound(self) -> "DpoStageConfig":
-        _refuse(_reference_problems(self.model, self.reference))
-        return self
+    def conflicts(self) -> list[str]:
+        return [*super().conflicts(), *_reference_conflicts(self.model, self.reference)]
 
 
 class PpoDataConfig(DataConfig):
@@ -332,11 +330,11 @@ class PpoDataConfig(DataConfig):
 class PpoStageConfig(StageConfig):
     """`trueline ppo`."""
 
-    data: PpoDataConfig
+    data: PpoDataConfig = PpoDataConfig()
     """Prompts, and the files of the pretraining-loss mix."""
     critic: CriticConfig = CriticConfig()
     """The value model."""
-    reward: RewardSourceConfig
+    reward: RewardSourceConfig = RewardSourceConfig()
     """Where scores come from."""
     reference: ReferenceConfig = ReferenceConfig()
     """The model the policy is held to."""
@@ -347,9 +345,8 @@ class PpoStageConfig(StageConfig):
     ppo: PpoConfig = PpoConfig()
     """The algorithm."""
 
-    @model_validator(mode="after")
-    def _ppo_is_sound(self) -> "PpoStageConfig":
-        problems = _reference_problems(self.model, self.reference)
+    def conflicts(self) -> list[str]:
+        problems = [*super().conflicts(), *_reference_conflicts(self.model, self.reference)]
         if bool(self.ppo.ptx_coefficient) != bool(self.data.ptx):
             problems.append("ppo.ptx_coefficient and data.ptx need each other; give both or neither")
         if self.ppo.kl_target is not None and not self.ppo.kl_coefficient:
@@ -360,11 +357,10 @@ class PpoStageConfig(StageConfig):
             problems.append("sampling.temperature: 0 never explores; PPO needs a positive temperature")
         if self.ppo.minibatches > self.rollout.prompts * self.rollout.samples:
             problems.append("ppo.minibatches exceeds the rollouts of an iteration (rollout.prompts x rollout.samples)")
-        _refuse(problems)
-        return self
+        return problems
 
 
-def _reference_problems(model: ModelConfig, reference: ReferenceConfig) -> list[str]:
+def _reference_conflicts(model: ModelConfig, reference: ReferenceConfig) -> list[str]:
     if reference.kind == "adapters_off" and model.adapter.kind == "full":
         return ["reference.kind: adapters_off needs an adapter to switch off; set model.adapter.kind to lora or ptuning, or use frozen"]
     return []
@@ -375,7 +371,7 @@ class EvaluateConfig(Config):
 
     model: ModelConfig
     """The model to evaluate; a reward model is evaluated on pairs."""
-    data: DataConfig
+    data: DataConfig = DataConfig()
     """Held-out files in data.eval."""
     batch: BatchConfig = BatchConfig()
     """Size of a micro-batch."""
@@ -389,10 +385,15 @@ class EvaluateConfig(Config):
     """Where results go (metrics.jsonl, samples.jsonl); steps and epochs are not used."""
 
     @model_validator(mode="after")
-    def _has_data(self) -> "EvaluateConfig":
-        if not (self.data.eval or (self.data.train and self.data.eval_fraction)):
-            raise ValueError("data.eval is empty; name the held-out files, or data.train with data.eval_fraction")
+    def _sound(self) -> "EvaluateConfig":
+        _refuse_conflicts(self)
         return self
 
+    def conflicts(self) -> list[str]:
+        held_out = self.data.eval or (self.data.train and self.data.eval_fraction)
+        return [] if held_out else ["data.eval is empty; name the held-out files, or data.train with data.eval_fraction"]
 
-STAGES = {"sft": SftConfig, "reward": RewardConfig, "dpo": DpoStageConfig, "ppo": PpoStageConfig, "evaluate": EvaluateConfig}
+
+STAGES: dict[str, type[Config]] = {
+    "sft": SftConfig, "reward": RewardConfig, "dpo": DpoStageConfig, "ppo": PpoStageConfig, "evaluate": EvaluateConfig
+}
