@@ -45,7 +45,7 @@ def role_problems(messages: tuple[Message, ...], waiting: bool) -> list[tuple[in
     """Breaches of the role rules as `(message index, sentence)`; `waiting` conversations end before the assistant speaks.
 
     At most one system message, and it is first. The first other turn is the user's. A user's turn or an observation is answered by the
-    assistant; an observation follows a tool call; a tool call is followed by an observation or by another tool call (several calls in a row).
+    assistant; an observation follows the assistant; a tool call is followed by an observation or by another call (several in a row).
     """
     found: list[tuple[int, str]] = []
     previous: Message | None = None
@@ -59,10 +59,12 @@ def role_problems(messages: tuple[Message, ...], waiting: bool) -> list[tuple[in
             found.append((i, f"first turn must be the user's, found {role}"))
         elif role == "user" and before == "user":
             found.append((i, "two user turns in a row, expected the assistant's answer between them"))
-        elif role == "assistant" and before == "assistant" and not (previous and previous.tool):
+        elif role == "assistant" and before == "assistant" and not (previous and previous.tool and message.tool):
             found.append((i, "two assistant turns in a row, expected a user turn or an observation between them"))
         elif role == "observation" and before not in ("assistant", "observation"):
             found.append((i, f"observation must follow the assistant's tool call, found it after {before}"))
+        elif role == "user" and previous and previous.tool:
+            found.append((i, "a tool call must be answered by an observation before the user speaks again"))
         elif role == "user" and before == "observation":
             found.append((i, "an observation must be answered by the assistant before the user speaks again"))
         previous = message

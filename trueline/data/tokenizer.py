@@ -1,0 +1,195 @@
+"""Text to token ids and back, for the three kinds of tokenizer files. One rule: no text ever becomes a control token."""
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from trueline.errors import UserError
+
+# how each family cuts text before merging; published with the models, not in their files
+_QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_GLM4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+class Tokenizer:
+    """Encodes and decodes plain text; control tokens are known by name in `specials` and are only ever placed by a renderer."""
+
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        decode: Callable[[list[int]], str],
+        known: set[int],
+        specials: dict[str, int],
+        files: dict[str, Path],
+        config: dict[str, Any],
+    ):
+        """`known`: ids that stand for text, `decode` accepts nothing else."""
+        self._encode = encode
+        self._decode = decode
+        self._known = known - set(specials.values())
+        self.specials = specials
+        """Control tokens by their text."""
+        self.vocab_size = max(known | set(specials.values())) + 1
+        """One more than the highest id; a model's embedding may have more rows."""
+        self.files = files
+        """The files to copy when the model is exported, by name."""
+        self.config = config
+        """tokenizer_config.json, {} when there is none."""
+        self.fingerprint = _fingerprint(files, specials)
+        """sha256 over the vocabulary files and the control tokens: equal fingerprints encode alike."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text, without a beginning token. "<|im_end|>" in it is encoded as the ten characters it is."""
+        return self._encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; control tokens and ids without a text are left out, bytes that are no whole character become U+FFFD."""
+        return self._decode([i for i in ids if i in self._known])
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether the folder holds tokenizer files of a kind `load_tokenizer` looks for."""
+    return any(all((Path(folder) / name).is_file() for name in names) for names in _VOCABULARIES)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer in a folder: tokenizer.json, else vocab.json + merges.txt (Qwen2), else a tiktoken-style tokenizer.model (GLM-4)."""
+    place = Path(folder)
+    if not place.is_dir():
+        raise UserError(f"{place}: no such folder, expected one with tokenizer files")
+    found = next((names for names in _VOCABULARIES if all((place / name).is_file() for name in names)), None)
+    if found is None:
+        looked = ", ".join(" + ".join(names) for names in _VOCABULARIES)
+        raise UserError(f"{place} has no tokenizer; looked for {looked}; point model.tokenizer at a folder that has one of them")
+    files = {name: place / name for name in (*found, *_COMPANIONS) if (place / name).is_file()}
+    config = _json_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    return {"tokenizer.json": _from_json, "vocab.json": _from_merges, "tokenizer.model": _from_ranks}[found[0]](files, config)
+
+
+def _from_json(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
+    """The `tokenizers` library's own format. Control tokens are taken out of its tables, so that text cannot reach them.
+
+    Added tokens that the file does not call special are ordinary vocabulary and stay; so does the token for unknown characters.
+    """
+    path = files["tokenizer.json"]
+    layout = _json_object(path)
+    model = layout.get("model")
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
+        raise UserError(f"{path}: model type {(model or {}).get('type')}, expected BPE; other kinds of tokenizer.json are not supported")
+    added = layout.get("added_tokens") or []
+    unknown = model.get("unk_token")
+    specials = {t["content"]: t["id"] for t in added if t.get("special") and t["content"] != unknown}
+    specials |= {text: i for text, i in _declared(config).items() if text != unknown}
+    layout["added_tokens"] = [t for t in added if t["content"] not in specials]
+    layout |= {"post_processor": None, "truncation": None, "padding": None}
+    unknown_id = model["vocab"].get(unknown)
+    model["vocab"] = {text: i for text, i in model["vocab"].items() if text not in specials}
+    try:
+        engine = tokenizers.Tokenizer.from_str(json.dumps(layout))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{path}: not a tokenizer.json that can be used ({error})") from None
+    return _from_engine(engine, specials, files, config, {unknown_id} - {None})
+
+
+def _from_merges(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
+    """Qwen2's byte-level pair encoding as it was published, before tokenizer.json."""
+    declared = config.get("tokenizer_class", "Qwen2Tokenizer")
+    if declared not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
+        raise UserError(f"{files['vocab.json']}: made for a {declared}, expected Qwen2Tokenizer's; save that tokenizer as tokenizer.json")
+    vocabulary = _json_object(files["vocab.json"])
+    lines = files["merges.txt"].read_text(encoding="utf-8").splitlines()
+    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    specials = _required(config, files["vocab.json"])
+    plain = {text: i for text, i in vocabulary.items() if text not in specials}
+    try:
+        engine = tokenizers.Tokenizer(models.BPE(vocab=plain, merges=merges))  # type: ignore[arg-type]
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{files['merges.txt']}: does not fit vocab.json ({error})") from None
+    engine.normalizer = normalizers.NFC()
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    engine.decoder = decoders.ByteLevel()
+    return _from_engine(engine, specials, files, config, set())
+
+
+def _from_engine(
+    engine: tokenizers.Tokenizer, specials: dict[str, int], files: dict[str, Path], config: dict[str, Any], silent: set[int]
+) -> Tokenizer:
+    known = set(engine.get_vocab(with_added_tokens=True).values()) - silent
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = engine.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(ids: list[int]) -> str:
+        text: str = engine.decode(ids, skip_special_tokens=False)
+        return text
+
+    return Tokenizer(encode, decode, known, specials, files, config)
+
+
+def _from_ranks(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
+    """GLM-4's tokenizer.model: a line for each token, its bytes in base64 and its rank."""
+    path = files["tokenizer.model"]
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise UserError(
+                f"{path}:{number}: not `<base64> <rank>`, expected a tiktoken-style file; a sentencepiece model is not supported, "
+                "save that tokenizer as tokenizer.json"
+            ) from None
+    if not ranks:
+        raise UserError(f"{path}: empty file, expected lines of `<base64> <rank>`")
+    specials = _required(config, path)
+    engine = tiktoken.Encoding("glm4", pat_str=_GLM4_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(engine.encode_ordinary, engine.decode, set(ranks.values()), specials, files, config)
+
+
+def _declared(config: dict[str, Any]) -> dict[str, int]:
+    """Control tokens that tokenizer_config.json names, with their ids."""
+    table = config.get("added_tokens_decoder") or {}
+    return {token["content"]: int(i) for i, token in table.items() if token.get("special")}
+
+
+def _required(config: dict[str, Any], vocabulary: Path) -> dict[str, int]:
+    specials = _declared(config)
+    if not specials:
+        raise UserError(
+            f"{vocabulary}: no control tokens known, expected added_tokens_decoder in the tokenizer_config.json beside it; "
+            "copy that file from the published model"
+        )
+    return specials
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return value
+
+
+def _fingerprint(files: dict[str, Path], specials: dict[str, int]) -> str:
+    digest = hashlib.sha256(json.dumps(specials, sort_keys=True).encode())
+    for name in sorted(set(files) - set(_COMPANIONS)):
+        digest.update(name.encode() + b"\0" + files[name].read_bytes())
+    return digest.hexdigest()
