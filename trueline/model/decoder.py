@@ -27,7 +27,8 @@ class DecoderConfig:
     mlp_size: int
     norm_eps: float = 1e-6
     qkv_bias: bool = True
-    linear_bias: bool = False  # output projection and mlp
+    o_bias: bool = False
+    mlp_bias: bool = False
     rope: Literal["half", "interleaved"] = "half"  # which two channels turn together
     rope_theta: float = 1e4
     rope_dim: int | None = None  # rotated part of a head; None is all of it
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         self.q = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=config.qkv_bias)
         self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
-        self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.linear_bias)
+        self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
         self.adapters = nn.ModuleDict()  # role -> projection name -> LowRank
 
     def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None) -> Tensor:
@@ -116,9 +117,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=config.linear_bias)
-        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=config.linear_bias)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.linear_bias)
+        self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
+        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
         self.adapters = nn.ModuleDict()
 
     def forward(self, x: Tensor, role: str | None) -> Tensor:
@@ -177,4 +178,5 @@ def init_weights(decoder: Decoder, generator: torch.Generator) -> None:
         else:
             residual = name.endswith(("attention.o.weight", "mlp.down.weight"))
             std = decoder.config.init_std / ((2 * decoder.config.num_layers) ** 0.5 if residual else 1.0)
-            parameter.normal_(0.0, std, generator=generator)
+            # drawn in float32, so that a seed is one model whatever its dtype
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))

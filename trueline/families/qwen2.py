@@ -1,0 +1,129 @@
+"""Qwen2 and Qwen2.5: ChatML. Trained is what the assistant says and its `<|im_end|>`, never the newline after it."""
+
+import json
+from typing import Any
+
+from trueline.data.conversation import Conversation, Message
+from trueline.data.sample import Sample
+from trueline.families.family import Encoder, Family
+from trueline.families.llama import ATTENTION, EMBEDDING, ENDING, MLP, TARGETS
+from trueline.families.settings import Settings
+from trueline.families.transcript import Tag, Transcript, marked
+from trueline.model.decoder import DecoderConfig
+
+# facts of the published templates, needed token for token
+SYSTEM = "You are a helpful assistant."
+SYSTEM_2_5 = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+CALL, CALL_END = Tag("<tool_call>"), Tag("</tool_call>")
+ANSWER, ANSWER_END = Tag("<tool_response>"), Tag("</tool_response>")
+TOOLS, TOOLS_END = Tag("<tools>"), Tag("</tools>")
+TOOLS_BEFORE: tuple[str | Tag, ...] = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with function signatures within ",
+    TOOLS,
+    TOOLS_END,
+    " XML tags:\n",
+    TOOLS,
+)
+TOOLS_AFTER: tuple[str | Tag, ...] = (
+    "\n",
+    TOOLS_END,
+    "\n\nFor each function call, return a json object with function name and arguments within ",
+    CALL,
+    CALL_END,
+    " XML tags:\n",
+    CALL,
+    '\n{"name": <function-name>, "arguments": <args-json-object>}\n',
+    CALL_END,
+)
+
+
+def read_config(config: dict[str, Any]) -> DecoderConfig:
+    """transformers' Qwen2Config; sliding windows and scaled rotary embeddings are refused."""
+    keys = Settings(config, "qwen2")
+    hidden, layers = keys.size("hidden_size", 4096), keys.size("num_hidden_layers", 32)
+    heads, kv_heads, head_dim = keys.heads(32, 32, hidden)
+    theta, share = keys.rope(1.0)
+    if share != 1.0:
+        keys.refuse("partial_rotary_factor: a qwen2 model turns whole heads")
+    slides = keys.flag("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
+    kinds = config.get("layer_types")
+    windowed = set(kinds) != {"full_attention"} if kinds else slides and keys.size("max_window_layers", 28, least=0) < layers
+    if windowed:
+        keys.refuse("use_sliding_window: sliding windows are not supported; with false, every layer sees the whole context")
+    decoder = DecoderConfig(
+        vocab_size=keys.size("vocab_size", 151936),
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_size=keys.size("intermediate_size", 22016),
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        qkv_bias=True,
+        rope_theta=theta,
+        tied_embeddings=keys.flag("tie_word_embeddings", False),
+        init_std=keys.number("initializer_range", 0.02),
+    )
+    keys.check()
+    return decoder
+
+
+def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
+    """ChatML as published, less the newline after the last `<|im_end|>` (nothing follows it).
+
+    Qwen2 has no tool template of its own: tools, calls and results have Qwen2.5's form. Trained: see the module (`last_only`: the last
+    turn alone). `open` ends with the assistant's header, and trains nothing.
+    """
+    out = Transcript(tokenizer)
+    messages = conversation.messages
+    system = messages[0].content if messages and messages[0].role == "system" else _default_system(tokenizer)
+    tools: list[str | Tag] = [part for tool in conversation.tools for part in ("\n", json.dumps(tool, ensure_ascii=False))]
+    out.control("<|im_start|>")
+    if tools:
+        tools = [*TOOLS_BEFORE, *tools, *TOOLS_AFTER]
+    out.text("system\n", system, *tools)
+    out.control("<|im_end|>")
+    for turn, trained in marked([m for m in messages if m.role != "system"], open, last_only):
+        out.text("\n")
+        out.control("<|im_start|>")
+        if turn[0].role == "assistant":
+            # apart from what follows: in generation, too, the answer begins after this newline
+            out.text("assistant\n")
+            out.text(*_calls(turn) if turn[0].tool else (turn[0].content,), trained=trained)
+        elif turn[0].role == "observation":
+            out.text("user", *(part for m in turn for part in ("\n", ANSWER, f"\n{m.content}\n", ANSWER_END)))
+        else:
+            out.text(f"{turn[0].role}\n{turn[0].content}")
+        out.control("<|im_end|>", trained)
+    if open:
+        out.text("\n")
+        out.control("<|im_start|>")
+        out.text("assistant\n")
+    return out.sample()
+
+
+def _default_system(tokenizer: Encoder) -> str:
+    """Qwen2.5 introduces itself; its tokenizer is the one that has the tool markup as tokens."""
+    whole = CALL.text in tokenizer.specials or len(tokenizer.encode(CALL.text)) == 1
+    return SYSTEM_2_5 if whole else SYSTEM
+
+
+def _calls(turn: tuple[Message, ...]) -> list[str | Tag]:
+    """Calls in a row, one block each; the arguments stay the JSON text they are."""
+    parts: list[str | Tag] = []
+    for message in turn:
+        body = f'\n{{"name": {json.dumps(message.tool, ensure_ascii=False)}, "arguments": {message.content}}}\n'
+        parts += [*(["\n"] if parts else []), CALL, body, CALL_END]
+    return parts
+
+
+QWEN2 = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    scorer_architecture="Qwen2ForSequenceClassification",
+    read_config=read_config,
+    weights=(*EMBEDDING, *ATTENTION, *MLP, *ENDING),
+    render=render,
+    stop=("<|im_end|>", "<|endoftext|>"),
+    targets=TARGETS,
+)
