@@ -1,0 +1,147 @@
+"""One optimizer step, the same for every stage. One rule: losses are sums, divided once by how many items there are on all ranks.
+
+Any split of a step's samples into micro-batches and ranks therefore gives the same gradient.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from trueline.errors import RunError
+from trueline.parallel.world import World, all_sum
+from trueline.train.optimizer import Optimizer
+
+B = TypeVar("B")
+Totals = dict[str, tuple[Tensor, Tensor | int]]
+"""Metric -> (sum, count); averaged once, over every micro-batch and rank."""
+
+Losses = dict[str, Tensor]
+"""What is counted ("pairs", "tokens") -> loss summed over it; each is divided by the global number of such items, then they are added."""
+
+Objective = Callable[[B], tuple[Losses, Totals]]
+Count = Callable[[B], Mapping[str, int | Tensor]]
+"""Micro-batch -> how many items of each kind it holds, before anything is computed."""
+
+
+class NonFinite(RunError):
+    """The step was stopped before the update, which would have ruined the weights. `batches` are the micro-batches to look into."""
+
+    def __init__(self, step: int, tensor: str, batches: Sequence[object]):
+        self.step, self.tensor, self.batches = step, tensor, list(batches)
+        super().__init__(
+            f"step {step}: {tensor} is not finite; stopped before the update, the last checkpoint is sound. "
+            "Lower optimizer.lr, or look at the data of this step"
+        )
+
+
+def train_step(
+    optimizer: Optimizer,
+    batches: Sequence[B],
+    objective: Objective[B],
+    count: Count[B],
+    *,
+    world: World,
+    max_norm: float,
+    lr: float,
+    step: int,
+    seed: int,
+) -> dict[str, float]:
+    """One update at learning rate `lr` from this rank's micro-batches; returns the mean loss, the metrics and the gradient's norm.
+
+    Every kind of item an objective returns a loss for must be counted by `count`, and kinds and metrics must be the same on every rank.
+    Gradients are scaled down to the global norm `max_norm`. `seed` fixes whatever the model draws (dropout), so a resumed run draws it too.
+    Raises NonFinite before the update, naming the first bad tensor.
+    """
+    torch.manual_seed(seed + world.rank)
+    items = count_items(batches, count, world)
+    losses: list[Tensor] = []
+    totals: Totals = {}
+    for batch in batches:
+        sums, metrics = objective(batch)
+        loss = sum_loss(sums, items, step)
+        loss.backward()
+        optimizer.collect()
+        losses.append(loss.detach())
+        _add(totals, metrics)
+    gradients = optimizer.gradients()
+    for gradient in gradients.values() if world.size > 1 else ():
+        gradient.copy_(all_sum(world, gradient))
+    norm = get_total_norm(gradients.values())
+    totals["loss"] = (torch.stack(losses).double().sum(), 1 if world.first else 0)  # already divided: summed over ranks, not averaged
+    result = average(totals, world) | {"grad_norm": float(norm)}
+    if not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])):
+        optimizer.clear()
+        raise _diagnose(optimizer, batches, losses, gradients, step)
+    clip_grads_with_norm_(optimizer.masters.values(), max_norm, norm)
+    optimizer.step(lr)
+    return result
+
+
+@torch.no_grad()
+def evaluate(batches: Sequence[B], objective: Objective[B], count: Count[B], world: World) -> dict[str, float]:
+    """The same loss and metrics over all of `batches`, without gradients or dropout's draws (the caller puts its modules in eval mode)."""
+    items = count_items(batches, count, world)
+    losses: list[Tensor] = []
+    totals: Totals = {}
+    for batch in batches:
+        sums, metrics = objective(batch)
+        losses.append(sum_loss(sums, items, 0).double())
+        _add(totals, metrics)
+    totals["loss"] = (torch.stack(losses).sum(), 1 if world.first else 0)
+    return average(totals, world)
+
+
+def count_items(batches: Sequence[B], count: Count[B], world: World) -> dict[str, int]:
+    """How many items of each kind the micro-batches of all ranks hold together."""
+    found: dict[str, int] = {}
+    for batch in batches:
+        for name, n in count(batch).items():
+            found[name] = found.get(name, 0) + int(n)
+    names = sorted(found)
+    summed = all_sum(world, torch.tensor([found[name] for name in names], dtype=torch.int64))
+    return {name: int(n) for name, n in zip(names, summed.tolist(), strict=True)}
+
+
+def sum_loss(sums: Losses, items: Mapping[str, int], step: int) -> Tensor:
+    """The part of the step's loss that these sums make: each over its global number of items."""
+    for name in sums:
+        if not items[name]:
+            raise RunError(f"step {step}: there are no {name} to train on in the whole batch")
+    return torch.stack([total / items[name] for name, total in sums.items()]).sum()
+
+
+def average(totals: Totals, world: World) -> dict[str, float]:
+    """Sums over counts, over all ranks; nan where nothing was counted."""
+    names = sorted(totals)
+    flat = torch.stack([torch.as_tensor(x, device=world.device).detach().double() for name in names for x in totals[name]])
+    pairs = all_sum(world, flat).view(-1, 2).tolist()
+    return {name: total / n if n else math.nan for name, (total, n) in zip(names, pairs, strict=True)}
+
+
+def _add(totals: Totals, metrics: Totals) -> None:
+    for name, (total, n) in metrics.items():
+        total = total.detach().double()  # sums of many float32 values
+        if name in totals:
+            before, count = totals[name]
+            total, n = before + total, count + n
+        totals[name] = (total, n)
+
+
+def _diagnose(
+    optimizer: Optimizer, batches: Sequence[B], losses: Sequence[Tensor], gradients: Mapping[str, Tensor], step: int
+) -> NonFinite:
+    """Names the first bad tensor in the order in which one spoils the next: weights, loss, gradients."""
+    for name, parameter in optimizer.parameters.items():
+        if not parameter.isfinite().all():
+            return NonFinite(step, f"weight {name}", batches)
+    for i, loss in enumerate(losses):
+        if not loss.isfinite():
+            return NonFinite(step, f"loss of micro-batch {i + 1} of {len(batches)}", [batches[i]])
+    for name, gradient in gradients.items():
+        if not gradient.isfinite().all():
+            return NonFinite(step, f"gradient of {name}", batches)
+    return NonFinite(step, "gradient norm (its parts are finite)" if gradients else "loss of another rank", batches)
