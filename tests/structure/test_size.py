@@ -1,0 +1,52 @@
+"""Files, functions and class chains stay short enough to be read in one go."""
+
+import ast
+
+from tests.structure.tree import PACKAGE, functions, modules
+
+BANNED_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
+FILE_LINES, FUNCTION_LINES, RECIPE_LINES, PRODUCT_LINES = 400, 60, 100, 10_000
+RECORD_BASES = {"Config"}  # the config base counts as a library's
+
+
+def test_files_are_short() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert not {name: lines for name, lines in lengths.items() if lines >= FILE_LINES}
+    assert sum(lengths.values()) < PRODUCT_LINES
+
+
+def test_functions_are_short() -> None:
+    """A recipe reads top to bottom as one function, so its `run` may be longer."""
+    long = []
+    for module, tree in modules().items():
+        for function in functions(tree):
+            limit = RECIPE_LINES if module.startswith("trueline.recipes.") and function.name == "run" else FUNCTION_LINES
+            lines = (function.end_lineno or function.lineno) - function.lineno + 1
+            if lines >= limit:
+                long.append(f"{module}:{function.lineno} {function.name}: {lines} lines")
+    assert not long, "\n".join(long)
+
+
+def test_no_drawer_names() -> None:
+    drawers = [module for module in modules() if BANNED_NAMES.intersection(module.split("."))]
+    assert not drawers, f"say what these hold: {drawers}"
+
+
+def test_class_chains_are_one_deep() -> None:
+    bases: dict[str, list[str]] = {}
+    for tree in modules().values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = [ast.unparse(base).split("[")[0].rpartition(".")[2] for base in node.bases]
+
+    def depth(name: str) -> int:
+        own = [base for base in bases.get(name, []) if base in bases and base not in RECORD_BASES and base != name]
+        return max((1 + depth(base) for base in own), default=0)
+
+    deep = {name: depth(name) for name in bases if depth(name) > 1}
+    assert not deep, f"more than one of our own classes above: {deep}"
+
+
+def test_every_module_says_what_it_is() -> None:
+    silent = [module for module, tree in modules().items() if tree.body and not ast.get_docstring(tree)]
+    assert not silent, f"no docstring: {silent}"
