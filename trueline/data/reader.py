@@ -115,7 +115,7 @@ def _read_lines(path: str, problems: Problems) -> Iterator[Record]:
                 problems.add(f"{path}:{line}:1", "empty line, expected an object on every line; delete the line")
             blank.clear()
             try:
-                text = _decode(raw)
+                text = _decode(raw.rstrip(b"\r\n"))
                 if number == 1 and text.lstrip().startswith("["):
                     problems.add(f"{path}:1:1", "an array, expected one object a line; name a file that holds one array .json")
                     return

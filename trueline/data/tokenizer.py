@@ -79,7 +79,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def _from_json(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
     """The `tokenizers` library's own format. Control tokens are taken out of its tables, so that text cannot reach them.
 
-    Added tokens that the file does not call special are ordinary vocabulary and stay; so does the token for unknown characters.
+    Added tokens that the file does not call special are ordinary vocabulary and stay. The token for unknown characters can come of an
+    unknown character, not of its name.
     """
     path = files["tokenizer.json"]
     layout = _json_object(path)
@@ -90,10 +91,12 @@ def _from_json(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
     unknown = model.get("unk_token")
     specials = {t["content"]: t["id"] for t in added if t.get("special") and t["content"] != unknown}
     specials |= {text: i for text, i in _declared(config).items() if text != unknown}
-    layout["added_tokens"] = [t for t in added if t["content"] not in specials]
-    layout |= {"post_processor": None, "truncation": None, "padding": None}
+    kept = [t for t in added if t["content"] not in specials and t["content"] != unknown]
+    layout |= {"added_tokens": kept, "post_processor": None, "truncation": None, "padding": None}
     unknown_id = model["vocab"].get(unknown)
-    model["vocab"] = {text: i for text, i in model["vocab"].items() if text not in specials}
+    # an added token that the vocabulary lacks would be numbered anew, by how many there are
+    plain = {text: i for text, i in model["vocab"].items() if text not in specials}
+    model["vocab"] = plain | {t["content"]: t["id"] for t in kept}
     try:
         engine = tokenizers.Tokenizer.from_str(json.dumps(layout))
     except Exception as error:  # the library raises bare Exception
