@@ -279,7 +279,13 @@ def _read_list(record: dict[str, Any], use: Use, note: Note, name: str) -> Examp
 def _read_columns(record: dict[str, Any], use: Use, note: Note) -> Example:
     """The pair of names that fits best; a query without its answer says more than an answer without its query."""
     query, answer = max(COLUMNS, key=lambda names: 3 * (names[0] in record) + 2 * (names[1] in record))
-    return Example(_single(record, _text(record, query, note), query, note), _answers(record, use, note, answer))
+    if query in record and (answer in record or use == "prompt"):
+        return Example(_single(record, _text(record, query, note), query, note), _answers(record, use, note, answer))
+    if query not in record:
+        note(" or ".join(sorted({q for q, a in COLUMNS if a == answer})), "missing, expected text")
+    if answer not in record and use != "prompt":
+        note(" or ".join(sorted({a for q, a in COLUMNS if q == query})), "missing, expected text")
+    return Example(Turns())
 
 
 def _read_prompt(record: dict[str, Any], use: Use, note: Note) -> Example:
@@ -290,11 +296,17 @@ def _read_prompt(record: dict[str, Any], use: Use, note: Note) -> Example:
 
 def _read_preference(record: dict[str, Any], use: Use, note: Note) -> Example:
     """The prompt in `conversations`, `messages`, `prompt`, `question` or `instruction` (+ `input`), or at the head of both answers."""
-    sides = [] if use == "prompt" and _has_prompt(record) else [_side(record, name, note) for name in ("chosen", "rejected")]
+    broken: list[str] = []
+
+    def side_note(field: str, what: str) -> None:
+        broken.append(field)
+        note(field, what)
+
+    sides = [] if use == "prompt" and _has_prompt(record) else [_side(record, name, side_note) for name in ("chosen", "rejected")]
     answers = tuple(side.messages[-1] for side in sides if side.messages)
     heads = [side.before(len(side.messages) - 1) for side in sides]
     if any(head.messages for head in heads):
-        if len(heads) == 2 and heads[0].messages != heads[1].messages:
+        if not broken and heads[0].messages != heads[1].messages:
             note("rejected", "other turns before its answer than chosen, expected the same prompt")
         return Example(_with_tools(heads[0], record, note), answers)
     if not _has_prompt(record):

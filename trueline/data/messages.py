@@ -66,7 +66,7 @@ def read_turns(value: Any, field: str, note: Note) -> Turns:
         if item.get("role", item.get("from")) == "system" and not tools:
             tools = read_tools(item.get("tools"), f"{place}.tools", note)
     followers = [*messages[1:], None]
-    called = [_called(message, follower) for message, follower in zip(messages, followers, strict=True)]
+    called = [_called(message, follower) for message, follower in zip(messages, followers, strict=False)]
     return Turns(tuple(called), tuple(fields), tools)
 
 
