@@ -54,13 +54,18 @@ def from_any(schema: type[C], config: Config | Mapping[str, Any] | str | os.Path
     raise UserError(f"expected a YAML file, a dictionary or a {schema.__name__}, found a {type(config).__name__}")
 
 
+def to_yaml(config: Config) -> str:
+    """Every key with its value, in the schema's order, as text that loads to an equal object."""
+    return write(config.model_dump(mode="json"))
+
+
 def save_config(config: Config, path: str | Path) -> None:
     """Every key with its value, in the schema's order, so that loading the file gives an equal object. Written beside and renamed."""
     path = Path(path)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with open(handle, "w", encoding="utf-8") as file:
-            file.write(write(config.model_dump(mode="json")))
+            file.write(to_yaml(config))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -123,14 +128,14 @@ def _flat(item: Written) -> list[Any]:
 
 
 def _nearest(schema: type[Config], name: str) -> tuple[str, str | None]:
-    """Advice for an unknown key, and the key that was meant: the same name in another section, a similar one in this, one anywhere."""
+    """Advice for an unknown key, and the key that was meant: one letter off, the same name in another section, a similar one."""
     keys = describe(schema)
     section, _, last = name.rpartition(".")
     if name in keys:
         return f"; write it as a section: {section.replace('.', ': {')}: {{{last}: ...}}" + "}" * section.count("."), name
     elsewhere = sorted((key for key in keys if key.rpartition(".")[2] == last), key=lambda key: (key.count("."), len(key)))
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
-    meant = elsewhere[:1]
+    meant = [siblings[match] for match in get_close_matches(last, siblings, 1, 0.85)] or elsewhere[:1]
     stages = [stage for stage, other in STAGES.items() if name in describe(other)]
     if stages and not meant:
         return f" here; it belongs to `trueline {'`, `trueline '.join(stages)}`", None
