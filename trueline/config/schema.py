@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-Format = Literal[
-    "auto", "messages", "alpaca", "history", "ranked", "cvalues", "sharegpt", "preference", "instruction_pair", "columns", "prompt"
-]
+Format = Literal["auto", "cvalues", "preference", "sharegpt", "messages", "ranked", "alpaca", "columns", "prompt"]
 
 
 class Config(BaseModel):
