@@ -234,6 +234,8 @@ class GenerateConfig(SamplingConfig):
     """Answers per prompt."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Every draw is keyed by this, the prompt and the answer's number."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer, when the model folder has none or another is wanted."""
 
 
 class PpoConfig(Config):

@@ -1,0 +1,92 @@
+"""The same things from Python: load any model, its log-probabilities, scores, rendering and answers. The stages are `trueline.sft(config)` etc."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from trueline.config.schema import ModelConfig, SamplingConfig
+from trueline.data.conversation import Conversation
+from trueline.data.messages import check_roles, read_turns
+from trueline.data.sample import Sample
+from trueline.data.stream import key, plan
+from trueline.errors import UserError
+from trueline.model.batch import Batch, pack
+from trueline.model.heads import LanguageModel
+from trueline.recipes.assemble import Opened, make_scorer, open_model
+from trueline.recipes.generate import answer, language_model_of
+from trueline.rollout.sampling import Rollout
+
+MAX_TOKENS = 8192  # of one packed forward; longer sequences run alone
+
+
+class Model:
+    """A loaded model of any family: a language model, or a reward model. Made by `load`."""
+
+    def __init__(self, opened: Opened):
+        self.opened = opened
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+        """log p(token t | before it) of each sequence, a float tensor `[T]` each with 0 at t = 0."""
+        model = self._speaker()
+        return self._packed(sequences, lambda batch: model(batch))
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """A reward model's score of each whole sequence: that of its last token."""
+        if self.opened.score is None:
+            raise UserError(f"{self.opened.path} is not a reward model: it has no score head; train one with `trueline reward`")
+        scorer = make_scorer(self.opened.decoder, self.opened.role, self.opened.score).eval()
+        return [float(scores[-1]) for scores in self._packed(sequences, lambda batch: scorer(batch))]
+
+    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] | None = None) -> Sample:
+        """Tokens of a conversation and which of them are trained; one that waits for the assistant ends with the assistant's header."""
+        problems: list[str] = []
+        turns = read_turns(list(messages), "messages", lambda field, what: problems.append(f"{field}: {what}"))
+        waiting = not turns.messages or turns.messages[-1].role != "assistant"
+        check_roles(turns, waiting, lambda field, what: problems.append(f"{field}: {what}"))
+        if problems:
+            raise UserError("this conversation cannot be rendered:", problems)
+        conversation = Conversation(turns.messages, tuple(tools) if tools else turns.tools)
+        return self.opened.folder.family.render(conversation, self.opened.text(), open=waiting)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        n: int = 1,
+        seed: int = 0,
+    ) -> list[Rollout]:
+        """`n` answers to each prompt (a text is one user turn, a list of ids is taken as it is), all of the first prompt first."""
+        model = self._speaker()
+        tokens = [self.render([{"role": "user", "content": p}]).tokens if isinstance(p, str) else list(p) for p in prompts]
+        requests = [t for t in tokens for _ in range(n)]
+        sampling = SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+        return answer(model, self.opened, requests, sampling, [key(seed, "generate", i) for i in range(len(requests))])
+
+    def _speaker(self) -> LanguageModel:
+        return language_model_of(self.opened)
+
+    def _packed(self, sequences: Sequence[Sequence[int]], run: Any) -> list[torch.Tensor]:
+        if not sequences or any(len(s) == 0 for s in sequences):
+            raise UserError("an empty list of tokens has no log-probabilities; give at least one token per sequence")
+        lengths = [len(s) for s in sequences]
+        out: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+        place = self.opened.decoder.embed.weight.device
+        for indices in plan(lengths, max(MAX_TOKENS, *lengths))[0]:
+            batch: Batch = pack([Sample(list(sequences[i]), [True] * lengths[i]) for i in indices]).to(place)
+            for i, piece in zip(indices, run(batch).split([lengths[i] for i in indices]), strict=True):
+                out[i] = piece.cpu()
+        return out
+
+
+def load(path: str, dtype: str = "auto", adapter: str | None = None, tokenizer: str | None = None) -> Model:
+    """A model folder or hub id of any family, a reward model, or an adapter folder (its base is found by the path it records).
+
+    `adapter` puts an adapter folder on `path`, whatever base that adapter records. Without tokenizer files it still serves token lists.
+    """
+    return Model(open_model(ModelConfig.model_validate({"path": path, "dtype": dtype, "tokenizer": tokenizer}), seed=0, adapter=adapter))

@@ -1,0 +1,164 @@
+"""From a config's model section to decoders in their roles, and back to a folder. One rule: what is frozen is shared, what is trained is somebody's own."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trueline.config.schema import AdapterConfig, ModelConfig
+from trueline.data.stream import key
+from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from trueline.errors import UserError
+from trueline.families.export import save_folder
+from trueline.families.family import stop_ids
+from trueline.families.folder import ModelFolder, load_decoder, load_score, open_folder, random_decoder, resolve
+from trueline.families.peft import Base, adapter_base, adapter_score, is_adapter, load_adapter, save_adapter
+from trueline.model.adapters import add_adapter, copy_adapter, merge_adapter, remove_adapter, trainable
+from trueline.model.decoder import Decoder
+from trueline.model.heads import Scorer
+from trueline.parallel.world import find_device
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+FOUND = "found"  # the role of an adapter that came with a model
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model as it was found: an adapter that came with it has the role `FOUND`."""
+
+    path: Path  # what was asked for
+    folder: ModelFolder  # the model, or the adapter's base
+    name: str  # how to find that folder again: a hub id or an absolute path
+    tokenizer: Tokenizer | None
+    decoder: Decoder
+    score: Tensor | None  # [1, D], a reward model's head
+    adapter: AdapterConfig | None
+    drawn: int | None = None  # the seed of random weights
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """Ids that end an answer; without a tokenizer those of the folder's own settings."""
+        if self.tokenizer:
+            return stop_ids(self.folder.family, self.tokenizer, self.folder.generation)
+        found = self.folder.generation.get("eos_token_id", self.folder.config.get("eos_token_id"))
+        return frozenset([found] if isinstance(found, int) else found or [])
+
+    @property
+    def role(self) -> str | None:
+        """The role that speaks as the model was found."""
+        return FOUND if self.adapter else None
+
+    def text(self) -> Tokenizer:
+        """The tokenizer, or a sentence on how to get one."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.path} has no tokenizer files; set model.tokenizer to a folder that has them")
+        return self.tokenizer
+
+
+def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: str | None = None) -> Opened:
+    """Reads (or draws) the weights. An adapter folder opens its base too; `adapter` names one when `config.path` is to be its base."""
+    path = resolve(adapter or config.path)
+    adapted = is_adapter(path)
+    if adapter and not adapted:
+        raise UserError(f"{path} is not an adapter folder: it has no adapter_config.json")
+    name = config.path if adapter or not adapted else adapter_base(path)[0]
+    where = resolve(name)
+    folder = open_folder(where)
+    name = str(where.resolve()) if Path(name).expanduser().is_dir() else name
+    device = find_device()
+    dtype = DTYPES[config.dtype] if config.dtype != "auto" else torch.float32 if device.type == "cpu" else torch.bfloat16
+    drawn = key(seed, "model") if config.init == "random" else None
+    if drawn is None:
+        decoder = load_decoder(folder, dtype, device, with_head=with_head)
+        score = load_score(folder)
+    elif adapted:
+        raise UserError(f"model.init: random makes no sense for the adapter folder {path}; point model.path at a model folder")
+    else:
+        decoder, score = random_decoder(folder, dtype, drawn, with_head=with_head).to(device), None
+    decoder.recompute = config.recompute
+    found = None
+    if adapted:
+        recorded = adapter_base(path)[1]
+        base = Base(folder.family, name, files_fingerprint(where) if recorded else None)
+        found = load_adapter(path, decoder, FOUND, base)
+        score = saved if (saved := adapter_score(path, folder.decoder_config.hidden_size)) is not None else score
+    return Opened(path, folder, name, _tokenizer(config, path, where), decoder, score, found, drawn)
+
+
+def _tokenizer(config: ModelConfig, path: Path, base: Path) -> Tokenizer | None:
+    if config.tokenizer:
+        return load_tokenizer(resolve(config.tokenizer))
+    return next((load_tokenizer(place) for place in (path, base) if has_tokenizer(place)), None)
+
+
+def files_fingerprint(folder: Path) -> str | None:
+    """sha256 over the weight files' names and bytes, whatever dtype they are later loaded in; None when there are none (random init)."""
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest() if files else None
+
+
+def train_role(opened: Opened, wanted: AdapterConfig, role: str, seed: int) -> tuple[str | None, dict[str, nn.Parameter]]:
+    """Gives the decoder what `wanted` says is trained and freezes the rest: the role to run it in (None: the bare weights) and the parameters.
+
+    An adapter that came with the model goes on being trained when it is of the wanted kind and shape; with kind full a LoRA is merged first.
+    """
+    decoder, found = opened.decoder, opened.adapter
+    if wanted.kind == "full":
+        if found is not None:
+            merge_adapter(decoder, FOUND)
+        return None, trainable(decoder, None, "full")
+    if found is None:
+        add_adapter(decoder, role, wanted, key(seed, f"adapter {role}"))
+        return role, trainable(decoder, role, wanted.kind)
+    shape = ("kind", "rank", "alpha", "targets") if wanted.kind == "lora" else ("kind", "tokens")
+    differs = [name for name in shape if _plain(getattr(found, name)) != _plain(getattr(wanted, name))]
+    if differs:
+        raise UserError(
+            f"{opened.path} holds a {found.kind} adapter with {', '.join(f'{n}: {_plain(getattr(found, n))}' for n in differs)}, "
+            f"and the config asks for {', '.join(f'{n}: {_plain(getattr(wanted, n))}' for n in differs)}; "
+            "set model.adapter alike to go on training it, or export it with --merge and start from that"
+        )
+    copy_adapter(decoder, FOUND, role)
+    return role, trainable(decoder, role, wanted.kind)
+
+
+def _plain(value: object) -> object:
+    return sorted(value) if isinstance(value, tuple) else value
+
+
+def make_scorer(decoder: Decoder, role: str | None, score: Tensor | None) -> Scorer:
+    """A scorer on `decoder`, its head from `score` `[1, D]` when there is one, else zero."""
+    scorer = Scorer(decoder, role)
+    if score is not None:
+        with torch.no_grad():
+            scorer.score.weight.copy_(score)
+    return scorer
+
+
+def forget_found(opened: Opened) -> None:
+    """Takes off the adapter that came with the model, once every role has its copy."""
+    remove_adapter(opened.decoder, FOUND)
+
+
+def publish(out: Path, opened: Opened, role: str | None, adapter: AdapterConfig, score: Tensor | None = None) -> None:
+    """The finished model as a folder: whole when all weights were trained, otherwise an adapter folder that names its base.
+
+    Random weights under an adapter are drawn again into `base` beside it, for nobody could use the adapter without them.
+    """
+    if role is None:
+        save_folder(out, opened.decoder, opened.folder, opened.tokenizer, score, replace=True)
+        return
+    name = opened.name
+    if opened.drawn is not None:
+        name = str((out.parent / "base").resolve())
+        fresh = random_decoder(opened.folder, opened.decoder.embed.weight.dtype, opened.drawn)
+        save_folder(name, fresh, opened.folder, opened.tokenizer, replace=True)
+    where = resolve(name)
+    files = opened.tokenizer.files if opened.tokenizer else {}
+    save_adapter(out, opened.decoder, role, adapter, Base(opened.folder.family, name, files_fingerprint(where)), score, files=files)

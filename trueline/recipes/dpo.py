@@ -1,0 +1,138 @@
+"""Direct preference optimisation (arXiv:2305.18290) and its IPO and hinge forms.
+
+Reference log-probabilities are computed once, before the first step, and kept in the run folder with the fingerprint of the model they are
+of. Left out: online reference passes, prompt sharing between the two sides, further members of the loss family.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from trueline.config.schema import DpoConfig, DpoStageConfig
+from trueline.data.sample import Pair
+from trueline.errors import UserError
+from trueline.model.batch import Batch, pack_pairs
+from trueline.model.heads import LanguageModel
+from trueline.recipes.assemble import Opened, forget_found, open_model, train_role
+from trueline.recipes.fit import Stage, Task, train
+from trueline.recipes.prepare import Prepared, preference_pairs
+from trueline.recipes.reference import model_fingerprint, pair_logprobs, pairs_fingerprint, store_reference, stored_reference
+from trueline.recipes.reward import preference_metrics
+from trueline.train.losses import dpo_loss
+from trueline.train.step import Losses, Totals
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A pair with its two reference log-probabilities, summed over each answer."""
+
+    pair: Pair
+    reference: Tensor  # [2]: chosen, rejected
+
+    def __len__(self) -> int:
+        return len(self.pair)
+
+
+@dataclass(frozen=True)
+class JudgedBatch:
+    batch: Batch
+    reference: Tensor  # [N], chosen at even indices
+
+    def to(self, device: torch.device | str) -> "JudgedBatch":
+        return JudgedBatch(self.batch.to(device), self.reference.to(device))
+
+
+def run(config: DpoStageConfig, dry_run: bool = False) -> None:
+    """Trains `config.model` on `config.data` and leaves it in `<run.output>/model`."""
+    opened, pairs, model, parameters = _open(config)
+
+    def build(folder: Path) -> Task[Judged, JudgedBatch]:
+        everything = [*pairs.train, *pairs.held_out]
+        values = reference_logprobs(config, reference_model(config, model, opened), everything, folder)
+        forget_found(opened)
+        judged = [Judged(pair, row) for pair, row in zip(everything, values, strict=True)]
+        cut = len(pairs.train)
+        return Task(judged[:cut], judged[cut:], pack_judged, dpo_objective(model, config.dpo), lambda b: count_items(b, config.dpo))
+
+    stage = Stage("dpo", config, opened, model.role, parameters, pairs.train, pairs.held_out, pairs.notes)
+    train(stage, model, build, dry_run)
+
+
+def prepare(config: DpoStageConfig) -> Path:
+    """`trueline prepare`: stores the reference log-probabilities of all pairs at `reference.path`."""
+    if config.reference.kind != "stored" or config.reference.path is None:
+        raise UserError("prepare writes reference log-probabilities for reference.kind: stored; set that, and reference.path to the file")
+    _, pairs, model, _ = _open(config)
+    target = Path(config.reference.path)
+    everything = [*pairs.train, *pairs.held_out]
+    values = pair_logprobs(model.eval(), everything, config.batch.max_tokens)
+    store_reference(target, values, model_fingerprint(model), pairs_fingerprint(everything))
+    return target
+
+
+def _open(config: DpoStageConfig) -> tuple[Opened, Prepared[Pair], LanguageModel, dict[str, nn.Parameter]]:
+    opened = open_model(config.model, config.run.seed)
+    pairs = preference_pairs(config.data, opened.folder.family, opened.text(), config.run.seed)
+    role, parameters = train_role(opened, config.model.adapter, "policy", config.run.seed)
+    return opened, pairs, LanguageModel(opened.decoder, role), parameters
+
+
+def reference_model(config: DpoStageConfig, model: LanguageModel, opened: Opened) -> LanguageModel:
+    """What `config.reference` means, before the first step: the policy itself (it has not moved yet), its bare trunk, or another folder."""
+    kind = config.reference.kind
+    if kind == "adapters_off":
+        if model.role is None:
+            raise UserError("reference.kind: adapters_off needs model.adapter.kind lora or ptuning; with full there is no adapter to switch off")
+        return LanguageModel(opened.decoder, None)
+    if kind == "frozen" and config.reference.path is not None:
+        other = open_model(config.model.model_copy(update={"path": config.reference.path, "init": "load"}), config.run.seed)
+        return LanguageModel(other.decoder, other.role)
+    return model
+
+
+def reference_logprobs(config: DpoStageConfig, reference: LanguageModel, pairs: Sequence[Pair], folder: Path) -> Tensor:
+    """`[pairs, 2]`: stored before (`reference.path`, or by an earlier start of this run), or computed now and kept in the run folder."""
+    stored = config.reference.kind == "stored"
+    path = Path(str(config.reference.path)) if stored else folder / "reference.safetensors"
+    model, data = model_fingerprint(reference), pairs_fingerprint(pairs)
+    if not stored and not path.is_file():
+        store_reference(path, pair_logprobs(reference.eval(), pairs, config.batch.max_tokens), model, data)
+    return stored_reference(path, model, data)
+
+
+def pack_judged(items: Sequence[Judged]) -> JudgedBatch:
+    return JudgedBatch(pack_pairs([item.pair for item in items]), torch.cat([item.reference for item in items]))
+
+
+def dpo_objective(model: LanguageModel, dpo: DpoConfig) -> Callable[[JudgedBatch], tuple[Losses, Totals]]:
+    """Mean preference loss per pair, plus `sft_weight` times the chosen answers' mean negative log-likelihood per token."""
+
+    def objective(judged: JudgedBatch) -> tuple[Losses, Totals]:
+        batch = judged.batch
+        policy = batch.per_sequence(model(batch))
+        tokens = batch.per_sequence(batch.trained.to(policy.dtype))
+        scale = tokens if dpo.loss == "ipo" else torch.ones_like(tokens)  # IPO is on averages over an answer's tokens
+        (chosen, rejected), (ref_chosen, ref_rejected) = (
+            (x / scale).view(-1, 2).unbind(1) for x in (policy, judged.reference.to(policy.dtype))
+        )
+        losses = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, dpo.beta, dpo.loss, dpo.label_smoothing)
+        sums: Losses = {"pairs": losses.sum()}
+        if dpo.sft_weight:
+            sums["chosen tokens"] = -dpo.sft_weight * policy[0::2].sum()
+        won, lost = dpo.beta * (chosen - ref_chosen).detach(), dpo.beta * (rejected - ref_rejected).detach()
+        rewards: Totals = {"chosen_reward": (won.sum(), len(won)), "rejected_reward": (lost.sum(), len(lost))}
+        return sums, preference_metrics(won - lost) | rewards
+
+    return objective
+
+
+def count_items(judged: JudgedBatch, dpo: DpoConfig) -> Mapping[str, int | Tensor]:
+    """Pairs, and with an SFT term the chosen answers' tokens."""
+    batch = judged.batch
+    counts: dict[str, int | Tensor] = {"pairs": batch.num_sequences // 2}
+    if dpo.sft_weight:
+        counts["chosen tokens"] = batch.per_sequence(batch.trained.long())[0::2].sum()
+    return counts

@@ -1,0 +1,218 @@
+"""The one training loop of the stages that learn from a fixed set of records (SFT, reward, DPO): open, resume, step, log, save, publish.
+
+What a step trains on is a pure function of (seed, step), so a resumed run goes through the same batches to the same bits.
+"""
+
+import hashlib
+import time
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, Protocol, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from trueline.config.load import to_yaml
+from trueline.config.schema import StageConfig
+from trueline.data.sample import Pair, Sample
+from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
+from trueline.errors import UserError
+from trueline.parallel.world import World, start
+from trueline.recipes.assemble import Opened, files_fingerprint, publish
+from trueline.recipes.report import run_report
+from trueline.train import checkpoint
+from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
+from trueline.train.run import Run
+from trueline.train.step import Count, Objective, evaluate, train_step
+
+
+class Item(Protocol):
+    """A sample, a pair, or a pair with its reference: something with a length in tokens."""
+
+    def __len__(self) -> int: ...
+
+
+class Movable(Protocol):
+    def to(self, device: torch.device | str) -> Self: ...
+
+
+T = TypeVar("T", bound=Item)
+B = TypeVar("B", bound=Movable)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a recipe has opened: its config, the model, what of it is trained, and the records."""
+
+    name: str
+    config: StageConfig
+    opened: Opened
+    role: str | None
+    parameters: dict[str, nn.Parameter]
+    items: Sequence[Sample | Pair]
+    held_out: Sequence[Sample | Pair]
+    notes: list[str]
+    score: Tensor | None = None  # the head of a reward model, published with it
+    facts: dict[str, Any] = field(default_factory=dict)  # more lines for --dry-run
+
+
+@dataclass(frozen=True)
+class Task(Generic[T, B]):
+    """What is done with the records: how they are packed, what is lost on them, and what the loss is divided by."""
+
+    items: Sequence[T]
+    held_out: Sequence[T]
+    pack: Callable[[Sequence[T]], B]
+    objective: Objective[B]
+    count: Count[B]
+
+
+def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], dry_run: bool = False) -> None:
+    """Trains `stage.parameters` of `module`; `build` makes the task once the run folder is held (DPO stores its reference there)."""
+    config, count = stage.config, len(stage.items)
+    total = total_steps(count, config.batch.sequences, config.run.steps, config.run.epochs)
+    if dry_run:
+        show_plan(config, derived(stage, total))
+        return
+    world = start(config.mesh)
+    optimizer = make_optimizer(stage.parameters, config.optimizer)
+    order = {"seed": config.run.seed, "batch.sequences": config.batch.sequences, "data": items_fingerprint(stage.items)}
+    with Run(stage.name, config.run, to_yaml(config), world) as run:
+        task = build(run.folder)  # before resuming: here the model still is as it was before training
+        done = resume(run, order, {"model": stage.parameters}, {"model": optimizer})
+        run.begin(done, total, {str(stage.opened.path): files_fingerprint(stage.opened.path) or "random"})
+        for note in stage.notes:
+            run.say(note)
+        if done >= total and (run.folder / "model").is_dir():
+            run.say(f"this run is finished already ({done} of {total} steps); its model is in {run.folder / 'model'}")
+            return
+        limit = None if config.run.epochs is None else total_samples(count, config.run.epochs)
+        module.train()
+        for step in range(done + 1, total + 1):
+            began = time.perf_counter()
+            indices = step_indices(config.run.seed, step - 1, count, config.batch.sequences, limit)
+            batches = micro_batches(task, [task.items[i] for i in indices], config.batch.max_tokens, world)
+            rate = learning_rate(step - 1, total, config.optimizer)
+            values = train_step(
+                optimizer,
+                batches,
+                task.objective,
+                task.count,
+                world=world,
+                max_norm=config.optimizer.max_norm,
+                lr=rate,
+                step=step,
+                seed=key(config.run.seed, "dropout", step),
+            )
+            tokens, seconds = sum(len(task.items[i]) for i in indices), time.perf_counter() - began
+            run.log(step, values | {"lr": rate, "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds})
+            stopping = run.stopping
+            if task.held_out and run.due(config.run.eval_every, step) and not stopping:
+                run.log(step, held_out_values(task, module, config.batch.max_tokens, world), "eval")
+            if run.due(config.run.save_every, step) or stopping:
+                save(run, step, order, {"model": stage.parameters}, {"model": optimizer})
+            if stopping and step < total:
+                raise run.interrupted(step)
+        publish(run.folder / "model", stage.opened, stage.role, config.model.adapter, stage.score)
+        run_report(run.folder)
+
+
+def micro_batches(task: Task[T, B], items: Sequence[T], max_tokens: int, world: World) -> list[B]:
+    """This rank's packed micro-batches of `items`, on its device."""
+    planned = plan([len(item) for item in items], max_tokens, world.size)[world.rank]
+    return [task.pack([items[i] for i in indices]).to(world.device) for indices in planned if indices]
+
+
+def held_out_values(task: Task[T, B], module: nn.Module, max_tokens: int, world: World) -> dict[str, float]:
+    """Loss and metrics over all held-out records, without dropout."""
+    module.eval()
+    values = evaluate(micro_batches(task, task.held_out, max_tokens, world), task.objective, task.count, world)
+    module.train()
+    return values
+
+
+def save(
+    run: Run,
+    step: int,
+    order: dict[str, Any],
+    trained: dict[str, dict[str, nn.Parameter]],
+    optimizers: dict[str, Optimizer],
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """A checkpoint of every trained model, its optimizer, and what fixes the order of the data."""
+    tensors: dict[str, dict[str, Tensor]] = {name: {k: p.detach() for k, p in parameters.items()} for name, parameters in trained.items()}
+    tensors |= {f"{name}-optimizer": optimizer.state() for name, optimizer in optimizers.items()}
+    run.save(step, tensors, {"order": order} | (extra or {}))
+
+
+def resume(
+    run: Run,
+    order: dict[str, Any],
+    trained: dict[str, dict[str, nn.Parameter]],
+    optimizers: dict[str, Optimizer],
+    restore: Callable[[dict[str, Any]], None] = lambda state: None,
+) -> int:
+    """Loads the checkpoint `run.resume` asks for into the models and optimizers; returns the step it is of, 0 for a fresh start.
+
+    UserError when the run would go on with other data, another order or another set of trained weights than it began with.
+    """
+    found, skipped = checkpoint.choose(run.folder, run.config.resume)
+    for line in skipped:
+        run.say(line)
+    if found is None:
+        return 0
+    tensors, state = checkpoint.load(found)
+    changed = [name for name, value in order.items() if state["order"].get(name) != value]
+    if changed:
+        raise UserError(
+            f"{found.path} was made with another {' and '.join(changed)}, so the run cannot go on exactly; "
+            "restore the setting, or start afresh in another run.output"
+        )
+    for name, parameters in trained.items():
+        optimizers[name].load(tensors[f"{name}-optimizer"])
+        with torch.no_grad():
+            for key_, parameter in parameters.items():
+                parameter.copy_(tensors[name][key_])
+    restore(state)
+    run.say(f"going on from {found.path}")
+    return found.step
+
+
+def items_fingerprint(items: Iterable[Sample | Pair]) -> str:
+    """Hash of the records' tokens and of which are trained, in order."""
+    digest = hashlib.sha256()
+    for item in items:
+        for side in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
+            digest.update(array("q", [len(side.tokens), *side.tokens]).tobytes() + bytes(side.trained))
+    return digest.hexdigest()
+
+
+def derived(stage: Stage, total: int) -> dict[str, Any]:
+    """What follows from a config: counts of records, tokens, steps and parameters."""
+    decoder = stage.opened.decoder
+    tokens = sum(len(item) for item in stage.items)
+    trained = sum(p.numel() for p in stage.parameters.values())
+    passes = min(total * stage.config.batch.sequences / len(stage.items), stage.config.run.epochs or float("inf"))
+    return {
+        "records": len(stage.items),
+        "held out": len(stage.held_out),
+        "tokens per pass": tokens,
+        "tokens in all": round(tokens * passes),
+        "longest record": max(len(item) for item in stage.items),
+        "steps": total,
+        "passes": round(passes, 3),
+        "parameters": sum(p.numel() for p in decoder.parameters()),
+        "parameters trained": trained,
+        "device": str(decoder.embed.weight.device),
+        "dtype": str(decoder.embed.weight.dtype).removeprefix("torch."),
+        **stage.facts,
+    }
+
+
+def show_plan(config: StageConfig, facts: dict[str, Any]) -> None:
+    """`--dry-run`: the resolved config, and what follows from it as comments below, so that the whole is still valid YAML."""
+    print(to_yaml(config), end="")
+    for name, value in facts.items():
+        print(f"# {name}: {value:,}" if isinstance(value, int) else f"# {name}: {value}")

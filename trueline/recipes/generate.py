@@ -1,0 +1,131 @@
+"""Answers from a model: a file of prompts, or a conversation in the terminal. The renderer and the engine are those of training.
+
+Left out: a server, streaming of single tokens.
+"""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from trueline.config.schema import GenerateConfig, ModelConfig, SamplingConfig
+from trueline.data.conversation import Conversation, Message
+from trueline.data.formats import load_prompts
+from trueline.data.reader import Problems, Record, read_records
+from trueline.data.stream import key
+from trueline.errors import UserError
+from trueline.model.heads import LanguageModel
+from trueline.recipes.assemble import Opened, open_model
+from trueline.rollout.engine import Engine
+from trueline.rollout.sampling import Rollout, Sampling
+
+
+def run(model: str, prompts: str, out: str, settings: GenerateConfig) -> None:
+    """Reads `{"prompt"}`, `{"messages"}` or `{"tokens"}` a line, writes `{"prompt", "response", "tokens", "logprobs", "finish"}` a line."""
+    opened = open_model(ModelConfig(path=model, tokenizer=settings.tokenizer), settings.seed)
+    language_model = language_model_of(opened)
+    given = [item for item in read_prompts(prompts, opened) for _ in range(settings.n)]
+    seeds = [key(settings.seed, "generate", i) for i in range(len(given))]
+    rollouts = answer(language_model, opened, [tokens for _, tokens in given], settings, seeds)
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        for (prompt, _), rollout in zip(given, rollouts, strict=True):
+            file.write(json.dumps(line_of(prompt, rollout), ensure_ascii=False) + "\n")
+    os.replace(temporary, target)
+    Console(stderr=True).print(f"{len(rollouts)} answers in {escape(str(target))}")
+
+
+def read_prompts(path: str, opened: Opened) -> list[tuple[Any, list[int]]]:
+    """Each line's prompt as it was given, and its tokens."""
+    records = list(read_records([path]))
+    if any("tokens" in record.value for record in records):
+        return _token_lists(records, opened.folder.decoder_config.vocab_size)
+    found = load_prompts([path])
+    if not found:
+        raise UserError(f"{path} holds no prompts; expected a line like " + '{"prompt": "..."}')
+    render, tokenizer = opened.folder.family.render, opened.text()
+    return [(_shown(item.value.record), render(item.value.conversation, tokenizer, open=True).tokens) for item in found]
+
+
+def _shown(record: dict[str, Any]) -> Any:
+    return next((record[name] for name in ("prompt", "messages") if name in record), record)
+
+
+def _token_lists(records: list[Record], vocabulary: int) -> list[tuple[Any, list[int]]]:
+    problems = Problems()
+    found: list[tuple[Any, list[int]]] = []
+    for record in records:
+        tokens = record.value.get("tokens")
+        if isinstance(tokens, list) and tokens and all(type(t) is int and 0 <= t < vocabulary for t in tokens):
+            found.append((tokens, tokens))
+        else:
+            problems.add(record.where(), f"not a list of token ids, expected integers from 0 to {vocabulary - 1}, at least one", "tokens")
+    problems.stop()
+    return found
+
+
+def line_of(prompt: Any, rollout: Rollout) -> dict[str, Any]:
+    """One line of a generation or samples file."""
+    return {
+        "prompt": prompt,
+        "response": rollout.text,
+        "tokens": rollout.tokens,
+        "logprobs": rollout.logprobs,
+        "finish": rollout.finish,
+    }
+
+
+def answer(
+    model: LanguageModel, opened: Opened, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int], running: int = 64
+) -> list[Rollout]:
+    """Rollouts with their text (None without a tokenizer)."""
+    engine = Engine(model, running=running)
+    with engine.hold():
+        rollouts = engine.generate(prompts, sampling_of(sampling, opened), seeds)
+    if opened.tokenizer is None:
+        return rollouts
+    return [replace(r, text=opened.tokenizer.decode(r.tokens)) for r in rollouts]
+
+
+def sampling_of(config: SamplingConfig, opened: Opened) -> Sampling:
+    """The engine's settings, with the stop tokens of this model."""
+    return Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k, opened.stop)
+
+
+def language_model_of(opened: Opened) -> LanguageModel:
+    """The opened model as it speaks: with the adapter it came with."""
+    if opened.score is not None:
+        raise UserError(f"{opened.path} is a reward model: it scores answers and cannot write them; give the policy instead")
+    return LanguageModel(opened.decoder, opened.role).requires_grad_(False).eval()
+
+
+def chat(model: str, settings: GenerateConfig) -> None:
+    """A conversation in the terminal: an empty line or end of input ends it, /new begins another."""
+    opened = open_model(ModelConfig(path=model, tokenizer=settings.tokenizer), settings.seed)
+    language_model, console = language_model_of(opened), Console()
+    tokens = opened.text()
+    messages: list[Message] = []
+    turn = 0
+    console.print("An empty line ends the conversation, /new begins another.", style="dim")
+    while True:
+        try:
+            said = console.input("[bold]you>[/bold] ")
+        except EOFError:
+            return
+        if not said.strip():
+            return
+        if said.strip() == "/new":
+            messages = []
+            continue
+        messages.append(Message("user", said))
+        prompt = opened.folder.family.render(Conversation(tuple(messages)), tokens, open=True).tokens
+        rollout = answer(language_model, opened, [prompt], settings, [key(settings.seed, "chat", turn)])[0]
+        turn += 1
+        console.print("[bold]model>[/bold] " + escape((rollout.text or "").strip()))
+        messages.append(Message("assistant", (rollout.text or "").strip() or " "))

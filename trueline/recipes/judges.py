@@ -1,0 +1,80 @@
+"""Scores for answers: from a reward model, or from a person's Python function in a process of its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from trueline.config.schema import RewardSourceConfig
+from trueline.data.conversation import Message
+from trueline.data.sample import Sample
+from trueline.data.stream import plan
+from trueline.data.tokenizer import Tokenizer
+from trueline.families.family import Family
+from trueline.model.batch import pack
+from trueline.model.heads import Scorer
+from trueline.recipes.assemble import Opened
+from trueline.recipes.prepare import TokenPrompt
+from trueline.rollout.sampling import Rollout
+from trueline.train.judge import Judge
+
+Scores = Callable[[Sequence[Rollout], Sequence[TokenPrompt]], list[float]]
+"""Answers (with their text) and what they answer -> one finite number each."""
+
+
+@contextmanager
+def open_reward(
+    config: RewardSourceConfig, policy: Opened, scorer: Scorer | None, own: Opened | None, folder: Path, max_tokens: int
+) -> Iterator[Scores]:
+    """The scores `config` asks for, scaled and clipped. `scorer` (a reward model) may have its `own` folder, and so its own template."""
+
+    def finish(scores: list[float]) -> list[float]:
+        bound = config.clip if config.clip is not None else float("inf")
+        return [min(max(score * config.scale, -bound), bound) for score in scores]
+
+    if scorer is not None:
+        render = _renderer(policy, own)
+        yield lambda rollouts, prompts: finish(score_samples(scorer, [render(r, p) for r, p in zip(rollouts, prompts, strict=True)], max_tokens))
+        return
+    with Judge(str(config.function), config.timeout, folder / "reward.log") as judge:
+        yield lambda rollouts, prompts: finish(
+            judge.score([r.text or "" for r in rollouts], [asked_of(p) for p in prompts], [p.prompt.record for p in prompts])
+        )
+
+
+def asked_of(prompt: TokenPrompt) -> str:
+    """The last user turn."""
+    return next((m.content for m in reversed(prompt.prompt.conversation.messages) if m.role == "user"), "")
+
+
+def _renderer(policy: Opened, own: Opened | None) -> Callable[[Rollout, TokenPrompt], Sample]:
+    """How the reward model sees an answer: the very tokens that were sampled where it shares the policy's template and tokenizer."""
+    if own is None or _speaks_alike(policy, own):
+        return lambda rollout, prompt: Sample(rollout.prompt + rollout.tokens, [False] * len(rollout.prompt) + [True] * len(rollout.tokens))
+    family, tokenizer = own.folder.family, own.text()
+    return lambda rollout, prompt: _translated(rollout, prompt, family, tokenizer)
+
+
+def _speaks_alike(policy: Opened, own: Opened) -> bool:
+    alike = own.tokenizer is None or policy.tokenizer is None or own.tokenizer.fingerprint == policy.tokenizer.fingerprint
+    return alike and own.folder.family is policy.folder.family
+
+
+def _translated(rollout: Rollout, prompt: TokenPrompt, family: Family, tokenizer: Tokenizer) -> Sample:
+    conversation = prompt.prompt.conversation
+    answer = Message("assistant", (rollout.text or "").strip())
+    return family.render(replace(conversation, messages=(*conversation.messages, answer)), tokenizer, last_only=True)
+
+
+@torch.no_grad()
+def score_samples(scorer: Scorer, samples: Sequence[Sample], max_tokens: int) -> list[float]:
+    """The score of each sample's last token."""
+    place = scorer.score.weight.device
+    scores = [0.0] * len(samples)
+    for indices in plan([len(s) for s in samples], max(max_tokens, *(len(s) for s in samples)))[0]:
+        batch = pack([samples[i] for i in indices]).to(place)
+        for i, value in zip(indices, scorer(batch)[batch.ends()].tolist(), strict=True):
+            scores[i] = value
+    return scores
