@@ -4,7 +4,7 @@ Tokens are packed: every activation is `[T, D]`, several sequences end to end, t
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +89,11 @@ def project(module: nn.Module, name: str, x: Tensor, role: str | None) -> Tensor
     active by then.
     """
     y: Tensor = getattr(module, name)(x)
-    adapters = module.adapters  # type: ignore[union-attr]
-    if role is not None and role in adapters and name in adapters[role]:  # type: ignore[operator,index]
-        y = y + adapters[role][name](x)  # type: ignore[index]
+    adapters = cast(nn.ModuleDict, module.adapters)
+    if role is not None and role in adapters:
+        own = cast(nn.ModuleDict, adapters[role])
+        if name in own:
+            y = y + own[name](x)
     return y
 
 

@@ -1,0 +1,183 @@
+"""LoRA and P-tuning v2 on a decoder: add, name, freeze, copy, merge, take off. One rule: an adapter belongs to a role, and the base is
+never touched except by `merge_adapter`.
+
+Roles share one trunk: `decoder(tokens, layout, role)` runs with that role's adapter, role None is the bare model.
+"""
+
+import copy
+from collections.abc import Collection, Iterator
+from typing import Literal, cast
+
+import torch
+from torch import nn
+
+from trueline.config.schema import AdapterConfig
+from trueline.data.stream import key
+from trueline.errors import UserError
+from trueline.model.decoder import MLP, Attention, Block, Decoder, LowRank, Prefix
+
+Kind = Literal["full", "lora", "ptuning"]
+
+PREFIX_STD = 0.02
+
+
+def add_adapter(decoder: Decoder, role: str, config: AdapterConfig, seed: int) -> None:
+    """Gives `role` a new adapter on the decoder's device and in its dtype, drawn by `init_adapter`; kind full adds nothing.
+
+    On a decoder that is still on the meta device the adapter is too; call `init_adapter` once it has memory.
+    """
+    if config.kind == "lora":
+        for half in halves(decoder):
+            here = [name for name in config.targets if hasattr(half, name)]
+            attach_low_rank(half, role, dict.fromkeys(here, (config.rank, config.alpha)), config.dropout)
+    elif config.kind == "ptuning":
+        attach_prefix(decoder, role, config.tokens)
+    init_adapter(decoder, role, seed)
+
+
+def halves(decoder: Decoder) -> Iterator[Attention | MLP]:
+    """The attention and the mlp of every layer: what LoRA sits on."""
+    for block in decoder.layers:
+        yield cast(Block, block).attention
+        yield cast(Block, block).mlp
+
+
+def low_ranks(half: Attention | MLP, role: str) -> dict[str, LowRank]:
+    """`role`'s LoRA on one half of a layer, by projection; empty if it has none there."""
+    return dict(cast(nn.ModuleDict, half.adapters[role]).items()) if role in half.adapters else {}  # type: ignore[arg-type]
+
+
+def attach_low_rank(half: Attention | MLP, role: str, sizes: dict[str, tuple[int, float]], dropout: float) -> None:
+    """Adapters with uninitialised memory on one half of a layer; `sizes`: projection -> (rank, alpha)."""
+    if not sizes:
+        return
+    _refuse_taken(half.adapters, role)
+    made = {}
+    for name, (rank, alpha) in sizes.items():
+        linear = getattr(half, name)
+        with torch.device("meta"):  # without this the layers' own initialisation would consume global random state
+            adapter = LowRank(linear.in_features, linear.out_features, rank, alpha, dropout)
+        made[name] = adapter.to(linear.weight.dtype).to_empty(device=linear.weight.device)
+    half.adapters[role] = nn.ModuleDict(made).train(half.training)
+
+
+def attach_prefix(decoder: Decoder, role: str, tokens: int) -> None:
+    """A prefix of `tokens` learned keys and values per layer, with uninitialised memory."""
+    _refuse_taken(decoder.prefixes, role)
+    config, weight = decoder.config, decoder.embed.weight
+    with torch.device("meta"):
+        prefix = Prefix(config.num_layers, tokens, config.num_kv_heads, config.head_dim)
+    decoder.prefixes[role] = prefix.to(weight.dtype).to_empty(device=weight.device).train(decoder.training)
+
+
+@torch.no_grad()
+def init_adapter(decoder: Decoder, role: str, seed: int) -> None:
+    """Draws `role`'s adapter. Every tensor has its own stream, keyed by the seed and its name, so nothing global is consumed.
+
+    LoRA: `down` uniform in +-1/sqrt(in), `up` zero, so a new adapter changes nothing (arXiv:2106.09685 sect. 4.1). P-tuning: normal with
+    deviation 0.02. A new prefix is NOT without effect (tokens attend to it from the start), so a P-tuning run is measured against a frozen
+    copy of its initial prefix (`copy_adapter`), not against the bare model.
+    """
+    for name, parameter in adapter_parameters(decoder, role).items():
+        if parameter.is_meta:
+            continue
+        if name.endswith(".up.weight"):
+            parameter.zero_()
+            continue
+        # drawn in float32 on the CPU: the same numbers whatever the device and dtype
+        generator = torch.Generator().manual_seed(key(seed, name))
+        draw = torch.empty(parameter.shape, dtype=torch.float32)
+        if name.endswith(".down.weight"):
+            nn.init.kaiming_uniform_(draw, a=5**0.5, generator=generator)
+        else:
+            draw.normal_(std=PREFIX_STD, generator=generator)
+        parameter.copy_(draw)
+
+
+def adapter_parameters(decoder: Decoder, role: str) -> dict[str, nn.Parameter]:
+    """`role`'s parameters by their full name in the decoder; empty if it has no adapter."""
+    inner, prefix = f".adapters.{role}.", f"prefixes.{role}."
+    return {name: p for name, p in decoder.named_parameters() if inner in name or name.startswith(prefix)}
+
+
+def base_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
+    """The decoder's parameters without any role's adapter, by name; a tied head counts once."""
+    return {name: p for name, p in decoder.named_parameters() if ".adapters." not in name and not name.startswith("prefixes.")}
+
+
+def trainable(decoder: Decoder, role: str | None, kind: Kind, keep: Collection[str] = ()) -> dict[str, nn.Parameter]:
+    """Freezes all of the decoder but what is trained, and returns that by name: the base for kind full, otherwise `role`'s adapter.
+
+    `keep`: other roles whose adapters stay as they are (PPO's policy and critic on one trunk).
+    """
+    if kind == "full":
+        chosen = base_parameters(decoder)
+    elif role is None or not (chosen := adapter_parameters(decoder, role)):
+        raise ValueError(f"role {role!r} has no adapter to train")
+    kept = {name for other in keep for name in adapter_parameters(decoder, other)}
+    for name, parameter in decoder.named_parameters():
+        if name not in kept:
+            parameter.requires_grad_(name in chosen)
+    return chosen
+
+
+@torch.no_grad()
+def merge_adapter(decoder: Decoder, role: str) -> None:
+    """Folds `role`'s LoRA into the base weights (`W + scale * up @ down`) and removes it: every role then starts from the merged base.
+
+    The sum is made once, in float32 at least, and rounded once: merging and un-merging in bfloat16 drifts.
+    """
+    if role in decoder.prefixes:
+        raise UserError(
+            "a P-tuning adapter cannot be merged: learned keys and values are no weights of the model; export it with --adapter instead"
+        )
+    if not has_adapter(decoder, role):
+        raise ValueError(f"role {role!r} has no adapter to merge")
+    for half in halves(decoder):
+        for name, adapter in low_ranks(half, role).items():
+            weight = getattr(half, name).weight
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            change = adapter.up.weight.to(wide) @ adapter.down.weight.to(wide)
+            weight.copy_(weight.to(wide) + adapter.scale * change)
+    remove_adapter(decoder, role)
+
+
+def remove_adapter(decoder: Decoder, role: str) -> None:
+    """Takes `role`'s adapter off; a role without one is left alone."""
+    for home in _homes(decoder, role):
+        del home[role]
+
+
+def rename_adapter(decoder: Decoder, old: str, new: str) -> None:
+    """Moves `old`'s adapter, parameters and all, to the role `new`."""
+    homes = _homes(decoder, old)
+    for home in homes:
+        _refuse_taken(home, new)
+    for home in homes:
+        home[new] = home.pop(old)
+
+
+def copy_adapter(decoder: Decoder, source: str, target: str) -> None:
+    """Gives `target` a frozen copy of `source`'s adapter: the reference of a P-tuning run, or of a run that goes on from an adapter."""
+    homes = _homes(decoder, source)
+    for home in homes:
+        _refuse_taken(home, target)
+    for home in homes:
+        home[target] = copy.deepcopy(home[source]).requires_grad_(False)
+        home[target].zero_grad(set_to_none=True)
+
+
+def has_adapter(decoder: Decoder, role: str) -> bool:
+    return bool(_homes(decoder, role))
+
+
+def _homes(decoder: Decoder, role: str) -> list[nn.ModuleDict]:
+    """The dictionaries that hold a part of `role`'s adapter."""
+    return [home for home in (*(half.adapters for half in halves(decoder)), decoder.prefixes) if role in home]
+
+
+def _refuse_taken(home: nn.ModuleDict, role: str) -> None:
+    if not role.isidentifier():
+        raise ValueError(f"a role is named by one word, got {role!r}")
+    if role in home:
+        raise ValueError(f"role {role!r} already has an adapter; remove it first")
