@@ -41,8 +41,11 @@ class Optimizer:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
-    def gradients(self) -> dict[str, Tensor]:
-        """Gradients by name, at least float32, of the parameters that have one."""
+    def gradients(self, all_of_them: bool = False) -> dict[str, Tensor]:
+        """Gradients by name, at least float32, of the parameters that have one; with `all_of_them`, zeros for the others."""
+        if all_of_them:
+            for master in self.masters.values():
+                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         return {name: m.grad for name, m in self.masters.items() if m.grad is not None}
 
     def step(self, lr: float) -> None:

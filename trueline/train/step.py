@@ -67,9 +67,9 @@ def train_step(
         optimizer.collect()
         losses.append(loss.detach())
         _add(totals, metrics)
-    gradients = optimizer.gradients()
+    gradients = optimizer.gradients(all_of_them=world.size > 1)
     for gradient in gradients.values() if world.size > 1 else ():
-        gradient.copy_(all_sum(world, gradient))
+        gradient.copy_(all_sum(world, gradient))  # every rank holds all of the weights
     norm = get_total_norm(gradients.values())
     totals["loss"] = (torch.stack(losses).double().sum(), 1 if world.first else 0)  # already divided: summed over ranks, not averaged
     result = average(totals, world) | {"grad_norm": float(norm)}
