@@ -237,7 +237,7 @@ def test_ranked_answers_make_pairs(tmp_path: Path) -> None:
     notes: list[str] = []
     pairs = [(p.value.chosen.content, p.value.rejected.content.strip()) for p in load_preferences([path], notes=notes)]
     assert pairs == [("甲", "乙"), ("甲", "乙"), ("甲", "丙"), ("乙", "丙"), ("乙 ", "丙"), ("丁", "戊")]
-    assert notes == [f"1 pairs left out, both answers are equal: {path}:1"]
+    assert notes == [f"1 pair left out, both answers are equal: {path}:1"]
     assert len(load_preferences([path], ranked="best")) == 4
     assert load_conversations([path])[0].value.messages[-1].content == "甲"
     with pytest.raises(UserError, match="output: 1 answers, expected at least 2, best first"):

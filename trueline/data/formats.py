@@ -97,7 +97,7 @@ def load_file(path: str, format: str, problems: Problems, equal: list[str]) -> t
 def equal_note(equal: list[str]) -> str:
     """What to say about pairs that were left out."""
     shown = ", ".join(equal[:3]) + (f" and {len(equal) - 3} more" if len(equal) > 3 else "")
-    return f"{len(equal)} pairs left out, both answers are equal: {shown}"
+    return f"{len(equal)} {'pair' if len(equal) == 1 else 'pairs'} left out, both answers are equal: {shown}"
 
 
 def _load(paths: Sequence[str], format: str, use: Use, convert: Callable[[Record, Example, Note], Iterator[T]]) -> list[Located[T]]:
