@@ -4,24 +4,47 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from trueline.config.schema import RewardSourceConfig
+from trueline.config.schema import AdapterConfig, ModelConfig, RewardSourceConfig
 from trueline.data.conversation import Message
 from trueline.data.sample import Sample
 from trueline.data.stream import plan
 from trueline.data.tokenizer import Tokenizer
+from trueline.errors import UserError
 from trueline.families.family import Family
 from trueline.model.batch import pack
 from trueline.model.heads import Scorer
-from trueline.recipes.assemble import Opened
+from trueline.recipes.assemble import Opened, make_scorer, open_model
+from trueline.recipes.generate import line_of
 from trueline.recipes.prepare import TokenPrompt
 from trueline.rollout.sampling import Rollout
 from trueline.train.judge import Judge
 
 Scores = Callable[[Sequence[Rollout], Sequence[TokenPrompt]], list[float]]
 """Answers (with their text) and what they answer -> one finite number each."""
+
+
+def frozen_config(config: ModelConfig, path: str) -> ModelConfig:
+    """The settings for another, frozen model of the same run: its own tokenizer, weights from its folder."""
+    return config.model_copy(update={"path": path, "init": "load", "tokenizer": None, "adapter": AdapterConfig(), "recompute": False})
+
+
+def reward_model(config: RewardSourceConfig, policy: ModelConfig, seed: int) -> tuple[Scorer, Opened]:
+    """The reward model in its own memory, frozen."""
+    opened = open_model(frozen_config(policy, str(config.model)), seed, with_head=False)
+    scorer = make_scorer(opened.decoder, opened.role, needed_score(opened.score, opened.path))
+    scorer.requires_grad_(False)
+    return scorer, opened
+
+
+def needed_score(score: Tensor | None, path: Path) -> Tensor:
+    if score is None:
+        raise UserError(f"reward.model: {path} has no score head, so it is no reward model; train one with `trueline reward`")
+    return score
 
 
 @contextmanager
@@ -42,6 +65,11 @@ def open_reward(
         yield lambda rollouts, prompts: finish(
             judge.score([r.text or "" for r in rollouts], [asked_of(p) for p in prompts], [p.prompt.record for p in prompts])
         )
+
+
+def sample_line(prompt: TokenPrompt, rollout: Rollout, score: float | None) -> dict[str, Any]:
+    """One line of samples.jsonl."""
+    return line_of(asked_of(prompt), rollout) | ({} if score is None else {"score": score})
 
 
 def asked_of(prompt: TokenPrompt) -> str:

@@ -23,8 +23,8 @@ from trueline.model.heads import LanguageModel, Scorer, values_before
 from trueline.parallel.world import World, start
 from trueline.recipes.assemble import publish
 from trueline.recipes.fit import items_fingerprint, resume, save, show_plan
-from trueline.recipes.generate import line_of, sampling_of
-from trueline.recipes.judges import Scores, asked_of, open_reward
+from trueline.recipes.generate import sampling_of
+from trueline.recipes.judges import Scores, open_reward, sample_line
 from trueline.recipes.prepare import TokenPrompt, prompt_tokens, ptx_samples
 from trueline.recipes.report import run_report
 from trueline.recipes.roles import Roles, open_roles
@@ -88,10 +88,10 @@ class Actors:
         for indices in plan([len(s) for s in mixed], config.batch.max_tokens)[0] if mixed else []:
             policy.append(PolicyBatch(None, pack([mixed[i] for i in indices]).to(place)))
         objective = policy_objective(self.roles.model, config.ppo, config.sampling.temperature)
-        result = self._step("policy", config.optimizer, policy, objective, count_policy, step, number, total)
-        return result | self._step(
-            "critic", config.critic.optimizer or config.optimizer, packed, value_objective(self.roles.critic, config.ppo), count_values, step, number, total
-        )
+        values = self._step("policy", config.optimizer, policy, objective, count_policy, step, number, total)
+        settings = config.critic.optimizer or config.optimizer
+        critic = self._step("critic", settings, packed, value_objective(self.roles.critic, config.ppo), count_values, step, number, total)
+        return values | {"value_loss": critic["loss"]} | {f"critic_{name}": critic[name] for name in ("grad_norm", "lr")}
 
     def _step(
         self,
@@ -116,8 +116,7 @@ class Actors:
             step=step,
             seed=key(self.config.run.seed, who, number),
         )
-        prefix = "" if who == "policy" else f"{who}_"
-        return {f"{prefix}{name}": value for name, value in (values | {"lr": rate}).items()}
+        return values | {"lr": rate}
 
 
 def policy_objective(model: LanguageModel, ppo: PpoConfig, temperature: float) -> Callable[[PolicyBatch], tuple[Losses, Totals]]:
@@ -146,7 +145,7 @@ def value_objective(critic: Scorer, ppo: PpoConfig) -> Callable[[ExperienceBatch
     def objective(seen: ExperienceBatch) -> tuple[Losses, Totals]:
         values = values_before(critic(seen.batch), seen.batch)
         total = (ppo_value_loss(values, seen.values, seen.returns, ppo.value_clip) * seen.batch.trained).sum()
-        return {"tokens": total}, {"value_loss": (total, seen.batch.trained.sum())}
+        return {"tokens": total}, {}
 
     return objective
 
@@ -276,10 +275,6 @@ def held_out_values(actors: Actors, prompts: Sequence[TokenPrompt]) -> dict[str,
         "response_length": sum(len(r.tokens) for r in rollouts) / count,
         "stopped": sum(r.finish == "stop" for r in rollouts) / count,
     }
-
-
-def sample_line(prompt: TokenPrompt, rollout: Rollout, score: float) -> dict[str, Any]:
-    return line_of(asked_of(prompt), rollout) | {"score": score}
 
 
 def derived(config: PpoStageConfig, roles: Roles, prompts: Sequence[TokenPrompt], total: int) -> dict[str, Any]:

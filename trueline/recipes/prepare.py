@@ -54,7 +54,9 @@ def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, see
             sides.append(family.render(replace(preference.prompt, messages=messages), tokenizer, last_only=True))
         return Pair(*sides)
 
-    return _prepare(data, seed, lambda paths: load_preferences(paths, data.format, data.ranked), render, _cut_pair)
+    notes: list[str] = []
+    found = _prepare(data, seed, lambda paths: load_preferences(paths, data.format, data.ranked, notes), render, _cut_pair)
+    return replace(found, notes=notes + found.notes)
 
 
 def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_new_tokens: int, seed: int) -> Prepared[TokenPrompt]:

@@ -8,9 +8,9 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from trueline.config.schema import AdapterConfig, ModelConfig, PpoStageConfig
+from trueline.config.schema import PpoStageConfig
 from trueline.errors import UserError
 from trueline.families.folder import resolve
 from trueline.families.peft import Base, adapter_base, adapter_score, is_adapter, load_adapter
@@ -18,6 +18,7 @@ from trueline.model.adapters import adapter_parameters, copy_adapter, merge_adap
 from trueline.model.decoder import Decoder
 from trueline.model.heads import LanguageModel, Scorer
 from trueline.recipes.assemble import FOUND, Opened, files_fingerprint, forget_found, make_scorer, open_model, train_role
+from trueline.recipes.judges import frozen_config, needed_score, reward_model
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _reference(config: PpoStageConfig, policy: Opened, role: str | None) -> Lang
     if kind == "adapters_off" and role is None:
         raise UserError("reference.kind: adapters_off needs model.adapter.kind lora or ptuning; with full there is no adapter to switch off")
     if kind == "frozen" and path is not None:
-        other = open_model(_frozen(config.model, path), config.run.seed)
+        other = open_model(frozen_config(config.model, path), config.run.seed)
         return LanguageModel(other.decoder, other.role).requires_grad_(False)
     if role is None:
         return LanguageModel(copy.deepcopy(policy.decoder)).requires_grad_(False)
@@ -84,7 +85,7 @@ def _reference(config: PpoStageConfig, policy: Opened, role: str | None) -> Lang
 def _critic(config: PpoStageConfig, policy: Opened) -> tuple[Scorer, dict[str, nn.Parameter]]:
     wanted = config.critic.adapter or config.model.adapter
     if config.critic.path is not None:
-        own = open_model(_frozen(config.model, config.critic.path).model_copy(update={"adapter": wanted}), config.run.seed, with_head=False)
+        own = open_model(frozen_config(config.model, config.critic.path).model_copy(update={"adapter": wanted}), config.run.seed, with_head=False)
         role, parameters = train_role(own, wanted, "critic", config.run.seed)
         forget_found(own)
         scorer = make_scorer(own.decoder, role, own.score)
@@ -124,20 +125,13 @@ def _reward(config: PpoStageConfig, policy: Opened) -> tuple[Scorer | None, Open
         base = Base(policy.folder.family, policy.name, files_fingerprint(policy.folder.path))
         load_adapter(path, policy.decoder, "reward", base)
         score = adapter_score(path, policy.folder.decoder_config.hidden_size)
-        scorer, opened = make_scorer(policy.decoder, "reward", _needed(score, path)), None
+        scorer = make_scorer(policy.decoder, "reward", needed_score(score, path))
         for parameter in adapter_parameters(policy.decoder, "reward").values():
             parameter.requires_grad_(False)
     else:
-        opened = open_model(_frozen(config.model, str(path)), config.run.seed, with_head=False)
-        scorer = make_scorer(opened.decoder, opened.role, _needed(opened.score, path))
-        opened.decoder.requires_grad_(False)
+        return reward_model(config.reward, config.model, config.run.seed)
     scorer.score.requires_grad_(False)
-    return scorer, opened
-
-
-def _frozen(config: ModelConfig, path: str) -> ModelConfig:
-    """The settings for another model of the same run: its own tokenizer, weights from its folder."""
-    return config.model_copy(update={"path": path, "init": "load", "tokenizer": None, "adapter": AdapterConfig()})
+    return scorer, None
 
 
 def _same_base(adapter: Path, policy: Opened) -> bool:
@@ -145,9 +139,3 @@ def _same_base(adapter: Path, policy: Opened) -> bool:
     if fingerprint is not None:
         return fingerprint == files_fingerprint(policy.folder.path)
     return name == policy.name or Path(name).is_dir() and Path(name).resolve() == policy.folder.path.resolve()
-
-
-def _needed(score: Tensor | None, path: Path) -> Tensor:
-    if score is None:
-        raise UserError(f"reward.model: {path} has no score head, so it is no reward model; train one with `trueline reward`")
-    return score

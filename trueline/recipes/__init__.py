@@ -1,0 +1,1 @@
+"""One function per stage, read top to bottom: open, build, loop, save."""

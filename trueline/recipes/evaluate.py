@@ -1,0 +1,95 @@
+"""Evaluation on held-out files: the loss on answers, a reward model's accuracy on pairs, and what the model itself answers.
+
+Left out: benchmarks and text metrics. The numbers are those the training stages log, by the same objectives.
+"""
+
+from typing import Any
+
+from trueline.config.load import to_yaml
+from trueline.config.schema import EvaluateConfig, MeshConfig, RankingConfig
+from trueline.data.formats import load_file
+from trueline.data.reader import Problems
+from trueline.data.stream import key
+from trueline.errors import UserError
+from trueline.model.batch import pack, pack_pairs
+from trueline.parallel.world import World, start
+from trueline.recipes.assemble import Opened, files_fingerprint, make_scorer, open_model
+from trueline.recipes.fit import Task, held_out_values
+from trueline.recipes.generate import answer, language_model_of
+from trueline.recipes.judges import open_reward, reward_model, sample_line
+from trueline.recipes.prepare import preference_pairs, prompt_tokens, sft_samples
+from trueline.recipes.report import run_report
+from trueline.recipes.reward import count_pairs, ranking_objective
+from trueline.recipes.sft import count_tokens, sft_objective
+from trueline.train.run import Run
+
+
+def run(config: EvaluateConfig, dry_run: bool = False) -> dict[str, float]:
+    """Writes one line to `<run.output>/metrics.jsonl` and every answer to samples.jsonl; returns the line's numbers."""
+    if dry_run:
+        print(to_yaml(config), end="")
+        return {}
+    world = start(MeshConfig())
+    opened = open_model(config.model, config.run.seed)
+    if opened.score is not None and config.reward is not None:
+        raise UserError("reward: the model is a reward model itself; leave reward out to evaluate it on pairs")
+    with Run("evaluate", config.run, to_yaml(config), world) as run:
+        run.begin(0, 1, {str(opened.path): files_fingerprint(opened.path) or "random"})
+        values: dict[str, float] = {}
+        if opened.score is not None:
+            values |= pair_values(config, opened, world)
+        else:
+            if file_use(config) != "prompt":
+                values |= answer_values(config, opened, world)
+            if config.generate:
+                spoken, lines = spoken_values(config, opened, run)
+                values |= spoken
+                run.samples(1, lines)
+        run.log(1, values, "eval")
+        run_report(run.folder)
+    return values
+
+
+def file_use(config: EvaluateConfig) -> str:
+    """What the first held-out file is made for: answers, pairs, or prompts alone."""
+    file = (config.data.eval or config.data.train)[0]
+    problems = Problems()
+    use = load_file(file, config.data.format, problems, [])[1]
+    problems.stop()
+    return use
+
+
+def pair_values(config: EvaluateConfig, opened: Opened, world: World) -> dict[str, float]:
+    """Ranking loss, accuracy and margin of a reward model."""
+    pairs = preference_pairs(config.data, opened.folder.family, opened.text(), config.run.seed).held_out
+    scorer = make_scorer(opened.decoder, opened.role, opened.score)
+    task = Task(pairs, pairs, pack_pairs, ranking_objective(scorer, RankingConfig()), count_pairs)
+    return held_out_values(task, scorer, config.batch.max_tokens, world)
+
+
+def answer_values(config: EvaluateConfig, opened: Opened, world: World) -> dict[str, float]:
+    """Mean negative log-likelihood per trained token of the files' own answers (of pairs, the chosen ones)."""
+    samples = sft_samples(config.data, opened.folder.family, opened.text(), config.run.seed).held_out
+    model = language_model_of(opened)
+    task = Task(samples, samples, pack, sft_objective(model), count_tokens)
+    return held_out_values(task, model, config.batch.max_tokens, world)
+
+
+def spoken_values(config: EvaluateConfig, opened: Opened, run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """The model's own answers to the files' prompts: length, share that stopped, and their mean score if a reward is given."""
+    prompts = prompt_tokens(config.data, opened.folder.family, opened.text(), config.sampling.max_new_tokens, config.run.seed).held_out
+    seeds = [key(config.run.seed, "evaluate", i) for i in range(len(prompts))]
+    rollouts = answer(language_model_of(opened), opened, [p.tokens for p in prompts], config.sampling, seeds)
+    count = len(rollouts)
+    values = {
+        "response_length": sum(len(r.tokens) for r in rollouts) / count,
+        "stopped": sum(r.finish == "stop" for r in rollouts) / count,
+    }
+    scores: list[float | None] = [None] * count
+    if config.reward is not None:
+        scorer, own = reward_model(config.reward, config.model, config.run.seed) if config.reward.model else (None, None)
+        with open_reward(config.reward, opened, scorer, own, run.folder, config.batch.max_tokens) as score:
+            found = score(rollouts, prompts)
+        values["score"] = sum(found) / count
+        scores = list(found)
+    return values, [sample_line(p, r, s) for p, r, s in zip(prompts, rollouts, scores, strict=True)]
