@@ -41,6 +41,8 @@ class ModelFolder:
 
 def resolve(name: str | Path, download: Callable[..., str] = snapshot_download) -> Path:
     """The folder itself when it is there, else the hub's model of that id (`org/name`): its JSON, safetensors and tokenizer files only."""
+    if not str(name):
+        raise UserError("the model's name is empty, expected a folder or a hub id (org/name)")
     path = Path(name).expanduser()
     if path.is_dir():
         return path

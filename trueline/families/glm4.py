@@ -105,7 +105,8 @@ def _tool(tool: dict[str, Any]) -> str:
     function = tool.get("function")
     if tool.get("type", "function") != "function" or not isinstance(function, dict) or "name" not in function:
         raise UserError(f'GLM-4 tools must be {{"type": "function", "function": {{"name": ...}}}}, found {json.dumps(tool)[:80]}')
-    return f"\n\n## {function['name']}\n\n{json.dumps(function, ensure_ascii=False, indent=4)}{CALL_REQUEST}"
+    # one line break: the template has two, of which transformers and the servers that use its engine drop the first (trim_blocks)
+    return f"\n## {function['name']}\n\n{json.dumps(function, ensure_ascii=False, indent=4)}{CALL_REQUEST}"
 
 
 GLM4 = Family(

@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+import torch
+
+from trueline.data.sample import Sample
+from trueline.model import heads
+from trueline.model.batch import pack
+from trueline.model.decoder import Decoder, DecoderConfig, init_weights
+from trueline.model.heads import LanguageModel, LinearLogProbability, Scorer, accumulation_dtype, values_before
+
+CONFIG = DecoderConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=20, init_std=0.3)
+
+
+@pytest.fixture
+def decoder():
+    made = Decoder(CONFIG).double()
+    init_weights(made, torch.Generator().manual_seed(0))
+    return made
+
+
+def batch_of(*flags):
+    draw = torch.Generator().manual_seed(1)
+    return pack([Sample(torch.randint(0, 30, (len(f),), generator=draw).tolist(), [c == "x" for c in f]) for f in flags])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_index_t_is_the_log_probability_of_token_t_given_those_before(decoder, temperature):
+    batch = batch_of("xxx.x", "x", "..x")
+    found = LanguageModel(decoder)(batch, temperature).detach().numpy()
+    hidden = decoder(batch.tokens, batch.layout)
+    logits = (hidden @ decoder.head.weight.T).detach().numpy() / temperature
+    for t, trained in enumerate(batch.trained.tolist()):
+        row = logits[t - 1]
+        wanted = row[batch.tokens[t]] - row.max() - np.log(np.exp(row - row.max()).sum()) if trained else 0.0
+        assert found[t] == pytest.approx(wanted, abs=1e-12)
+    assert batch.trained.tolist() == [False, True, True, False, True, False, False, False, True]
+
+
+def test_a_batch_without_a_trained_token_is_all_zero(decoder):
+    out = LanguageModel(decoder)(batch_of("...", "."))
+    assert out.tolist() == [0.0] * 4
+    out.sum().backward()
+
+
+def test_gradients_are_finite_differences():
+    hidden, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 7))
+    target = torch.tensor([0, 6, 3, 3])
+    assert torch.autograd.gradcheck(lambda h, w: LinearLogProbability.apply(h, w, target, 0.7), (hidden, weight))
+
+
+def test_chunks_do_not_matter(decoder, monkeypatch):
+    results = []
+    for chunk in (2048, 3):
+        monkeypatch.setattr(heads, "CHUNK", chunk)
+        decoder.zero_grad()
+        out = LanguageModel(decoder)(batch_of("xxxxxxx", "xxxx"))
+        out.sum().backward()
+        results.append((out.detach(), decoder.head.weight.grad.clone(), decoder.embed.weight.grad.clone()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_a_frozen_head_gets_no_gradient(decoder):
+    decoder.head.weight.requires_grad_(False)
+    LanguageModel(decoder)(batch_of("xxx")).sum().backward()
+    assert decoder.head.weight.grad is None and decoder.embed.weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+)
+def test_log_probabilities_and_scores_are_never_16_bit(decoder, dtype, wanted):
+    decoder.to(dtype)
+    assert accumulation_dtype(dtype) == wanted
+    batch = batch_of("xxx")
+    assert LanguageModel(decoder)(batch).dtype == wanted
+    assert Scorer(decoder)(batch).dtype == wanted
+
+
+def test_scores_start_at_zero_and_are_one_per_token(decoder):
+    batch = batch_of("..x", "x.")
+    scorer = Scorer(decoder)
+    assert scorer(batch).tolist() == [0.0] * 5
+    with torch.no_grad():
+        scorer.score.weight.fill_(1.0)
+    torch.testing.assert_close(scorer(batch), decoder(batch.tokens, batch.layout).sum(-1))
+    scorer(batch).sum().backward()
+    assert scorer.score.weight.grad is not None
+
+
+def test_a_value_stands_before_its_token():
+    batch = batch_of(".xx", "x.x")
+    found = values_before(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), batch)
+    assert found.tolist() == [0.0, 1.0, 2.0, 0.0, 0.0, 5.0]
