@@ -1,4 +1,5 @@
 import json
+import resource
 import shutil
 
 import pytest
@@ -155,6 +156,22 @@ def test_a_disk_that_cannot_be_written_leaves_nothing(made, tokenizer, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="could not be written"):
         save_folder(tmp_path / "file" / "out", decoder, folder)
+
+
+def test_a_full_disk_leaves_what_was_there(made, tmp_path):
+    """A limit on the size of files stands for the disk: the weights do not fit, config.json does."""
+    folder, decoder = made()
+    save_folder(tmp_path / "out", decoder, folder)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(RunError, match="could not be written"):
+            save_folder(tmp_path / "out", decoder, folder, replace=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == ["out"]
 
 
 def test_a_trunk_alone_is_not_a_language_model(made, tmp_path):

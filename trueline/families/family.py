@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from trueline.data.conversation import Conversation
 from trueline.data.sample import Sample
 from trueline.model.decoder import DecoderConfig
 
@@ -44,7 +43,7 @@ class Family:
     scorer_architecture: str  # transformers' class of the sequence classifier
     read_config: Callable[[dict[str, Any]], DecoderConfig]
     weights: tuple[Weight, ...]
-    render: Callable[..., Sample]  # (conversation: Conversation, tokenizer: Encoder, open: bool = False)
+    render: Callable[..., Sample]  # (conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False)
     stop: tuple[str, ...]  # control tokens that end the assistant's turn, those the tokenizer has
     targets: dict[str, str]  # our logical projection -> their module's name, as adapters are written
 
@@ -55,6 +54,3 @@ def stop_ids(family: Family, tokenizer: Encoder, generation: dict[str, Any] | No
     extra = (generation or {}).get("eos_token_id")
     ids.update([extra] if isinstance(extra, int) else extra or [])
     return frozenset(ids)
-
-
-Render = Callable[[Conversation, Encoder, bool], Sample]
