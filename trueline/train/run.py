@@ -318,5 +318,6 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = "disk full: " if error.errno in checkpoint.FULL else ""
-        raise RunError(f"{full}{path} cannot be written ({error.strerror or error}); free some space, then start again") from error
+        if error.errno in checkpoint.FULL:
+            raise RunError(f"disk full: {path} cannot be written; free some space and start the same command again") from error
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
