@@ -6,7 +6,7 @@ import tomllib
 from importlib.metadata import version
 
 import trueline
-from tests.structure.tree import ROOT, imports, modules
+from tests.structure.tree import ROOT, imports, modules, project_files
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 IMPORT_NAMES = {"pyyaml": "yaml"}
@@ -41,3 +41,11 @@ def test_one_version() -> None:
     assert "version" in PROJECT["dynamic"]
     assert version("trueline") == trueline.__version__
     assert f"## {trueline.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_templates_are_installed_with_the_package() -> None:
+    """A wheel holds the Python files and what package-data names; anything else would be missing outside of a checkout."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    patterns = tool["setuptools"]["package-data"]["*"]
+    files = [path for path in project_files() if path.is_relative_to(ROOT / "trueline") and path.suffix != ".py"]
+    assert files and not [str(path) for path in files if not any(path.match(pattern) for pattern in patterns)]
