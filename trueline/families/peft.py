@@ -180,8 +180,6 @@ def _write_folder(out: Path, tensors: dict[str, Tensor], options: dict[str, Any]
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
         raise RunError(f"{out}: the adapter could not be written ({error}); nothing was left half-written") from error
 
 

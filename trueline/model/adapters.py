@@ -18,7 +18,7 @@ from trueline.model.decoder import MLP, Attention, Block, Decoder, LowRank, Pref
 
 Kind = Literal["full", "lora", "ptuning"]
 
-PREFIX_STD = 0.02
+PREFIX_STD = 0.02  # PEFT draws with 1: with 16 tokens the loss of stories260K is then 8.0 at first, against 2.0 (1.8 without a prefix)
 
 
 def add_adapter(decoder: Decoder, role: str, config: AdapterConfig, seed: int) -> None:
@@ -164,7 +164,6 @@ def copy_adapter(decoder: Decoder, source: str, target: str) -> None:
         _refuse_taken(home, target)
     for home in homes:
         home[target] = copy.deepcopy(home[source]).requires_grad_(False)
-        home[target].zero_grad(set_to_none=True)
 
 
 def has_adapter(decoder: Decoder, role: str) -> bool:
