@@ -1,1 +1,1 @@
-
+"""Every use of torch.distributed (torch.distributed.checkpoint apart)."""
