@@ -1,4 +1,4 @@
-"""The same things from Python: load any model, its log-probabilities, scores, rendering and answers. The stages are `trueline.sft(config)` etc."""
+"""The same things from Python: load any model for its log-probabilities, scores, rendering and answers; and the stages as functions."""
 
 from collections.abc import Sequence
 from typing import Any

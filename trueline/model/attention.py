@@ -1,6 +1,7 @@
 """Attention kernels behind one signature: per-sequence SDPA on CPU and as the fallback, varlen flash attention on CUDA."""
 
 import inspect
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -26,31 +27,54 @@ def packed_attention(
 ) -> Tensor:
     """Causal attention inside each of several sequences laid end to end.
 
-    `q` `[T, H, d]`, `k`, `v` `[T, G, d]` with H a multiple of G; `lengths` sum to T. `contexts`: the first so many tokens of each sequence are
-    seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence. Returns `[T, H, d]`.
+    `q` `[T, H, d]`, `k`, `v` `[T, G, d]` with H a multiple of G; `lengths` sum to T. `contexts`: the first so many tokens of each
+    sequence are seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence. Returns `[T, H, d]`.
     """
     plain = not contexts and prefix_keys is None
     if plain and q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q, k, v, lengths)
-    if plain and len(lengths) > 1 and len(set(lengths)) == 1:  # equal lengths are an ordinary batch
-        q4, k4, v4 = (x.unflatten(0, (len(lengths), lengths[0])).transpose(1, 2) for x in (q, k, v))
-        return _sdpa(q4, k4, v4, None).transpose(1, 2).flatten(0, 1)
+    if plain:
+        return _runs(q, k, v, lengths)
     parts = []
-    start = 0
-    for i, n in enumerate(lengths):
-        # one call per sequence: 2.6 times the speed of a padded batch and 4.6 of a dense block mask on CPU
-        q1, k1, v1 = (x[start : start + n] for x in (q, k, v))
-        mask = None
-        if not plain:
-            mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril_()
-            if contexts and contexts[i]:
-                mask[:, : contexts[i]] = True
-        if prefix_keys is not None and prefix_values is not None and mask is not None:
+    for i, (q1, k1, v1) in enumerate(zip(*(x.split(lengths) for x in (q, k, v)), strict=True)):
+        n = lengths[i]
+        mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril_()
+        if contexts and contexts[i]:
+            mask[:, : contexts[i]] = True
+        if prefix_keys is not None and prefix_values is not None:
             k1, v1 = torch.cat((prefix_keys.to(k1.dtype), k1)), torch.cat((prefix_values.to(v1.dtype), v1))
             mask = F.pad(mask, (prefix_keys.shape[0], 0), value=True)
-        parts.append(_sdpa(*(x.transpose(0, 1)[None] for x in (q1, k1, v1)), mask)[0].transpose(0, 1))
-        start += n
+        q4, k4, v4 = (x.transpose(0, 1)[None] for x in (q1, k1, v1))
+        parts.append(_sdpa(q4, k4, v4, mask)[0].transpose(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _runs(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """One call per run of neighbours of equal length: each run is an ordinary batch (micro-batches are packed longest first).
+
+    A call per sequence is 2.6 times the speed of a padded batch on CPU and 4.6 times that of a dense block mask. The packed tensors are cut
+    by one split each: its backward is one concatenation, that of a slice a whole tensor of zeros.
+    """
+    runs = [(n, len(list(same))) for n, same in groupby(lengths)]
+    cuts = [n * count for n, count in runs]
+    parts = []
+    for (n, count), *pieces in zip(runs, *(x.split(cuts) for x in (q, k, v)), strict=True):
+        q4, k4, v4 = (x.unflatten(0, (count, n)).transpose(1, 2) for x in pieces)
+        parts.append(_sdpa(q4, k4, v4, None).transpose(1, 2).flatten(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """One query token per sequence against its past: `q` `[N, H, d]`, `keys`, `values` `[N, G, s, d]` (views will do) -> `[N, H, d]`.
+
+    `mask` `[N, G, 1, s]` is added to the scores. The H / G heads that share a key head become its query tokens: no key is repeated.
+    """
+    q = q.unflatten(1, (keys.shape[1], -1))
+    if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
+        # two batched products: 1.5 to 3 times the speed of the fused CPU kernel, which is made for long queries
+        scores = torch.baddbmm(mask.flatten(0, 1), q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(q.shape).flatten(1, 2)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -62,10 +86,12 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor
     """Flash attention over the packed axis. Not run on a GPU yet: see docs/not-yet.md."""
     ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
     longest = max(lengths)
-    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in inspect.signature(varlen_attn).parameters else {"is_causal": True}
+    windows = "window_size" in inspect.signature(varlen_attn).parameters
+    options: dict[str, object] = {"window_size": (-1, 0)} if windows else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
         if VARLEN_GROUPS:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return varlen_attn(q, k, v, ends, ends, longest, longest, **options)  # type: ignore[arg-type]
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)  # type: ignore[arg-type]
+    return out if isinstance(out, Tensor) else out[0]

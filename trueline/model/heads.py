@@ -23,35 +23,37 @@ class LinearLogProbability(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
-        dtype = accumulation_dtype(hidden.dtype)
-        out = hidden.new_empty(len(hidden), dtype=dtype)
-        totals = hidden.new_empty(len(hidden), dtype=dtype)
-        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
-            logits = (hidden[rows] @ weight.T).to(dtype) / temperature
-            totals[rows] = logits.logsumexp(-1)
-            out[rows] = logits.gather(-1, target[rows, None])[:, 0] - totals[rows]
-        ctx.save_for_backward(hidden, weight, target, totals)
+        picked, totals = [], []
+        for rows, wanted in zip(hidden.split(CHUNK), target.split(CHUNK), strict=True):
+            logits = _logits(rows, weight, temperature)
+            totals.append(logits.logsumexp(-1))
+            picked.append(logits.gather(-1, wanted[:, None])[:, 0] - totals[-1])
+        ctx.save_for_backward(hidden, weight, target, torch.cat(totals))
         ctx.temperature = temperature  # type: ignore[attr-defined]
-        return out
+        return torch.cat(picked)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, target, totals = ctx.saved_tensors  # type: ignore[attr-defined]
+        temperature: float = ctx.temperature  # type: ignore[attr-defined]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_hidden = []
         # float32 even for a bfloat16 head: chunk sums in 16 bits would bias the gradient
         grad_weight = torch.zeros_like(weight, dtype=totals.dtype) if needs_weight else None
-        for rows in torch.arange(len(hidden), device=hidden.device).split(CHUNK):
-            logits = (hidden[rows] @ weight.T).to(totals.dtype) / ctx.temperature  # type: ignore[attr-defined]
-            slope = (logits - totals[rows, None]).exp_().neg_()
-            slope.scatter_add_(-1, target[rows, None], slope.new_ones(len(rows), 1))
-            slope *= (grad[rows] / ctx.temperature)[:, None]  # type: ignore[attr-defined]
-            slope = slope.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = slope @ weight
+        for rows, wanted, total, slope in zip(*(x.split(CHUNK) for x in (hidden, target, totals, grad / temperature)), strict=True):
+            # d log p / d logits = onehot - softmax, made in the logits' own memory
+            change = _logits(rows, weight, temperature).sub_(total[:, None]).exp_().mul_(-slope[:, None])
+            change = change.scatter_add_(-1, wanted[:, None], slope[:, None]).to(hidden.dtype)
+            if needs_hidden:
+                grad_hidden.append(change @ weight)
             if grad_weight is not None:
-                grad_weight += (slope.T @ hidden[rows]).to(grad_weight.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+                grad_weight += change.T @ rows
+        return torch.cat(grad_hidden) if needs_hidden else None, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ weight.T).to(accumulation_dtype(hidden.dtype))
+    return logits if temperature == 1 else logits.div_(temperature)
 
 
 class LanguageModel(nn.Module):

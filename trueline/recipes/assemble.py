@@ -1,4 +1,7 @@
-"""From a config's model section to decoders in their roles, and back to a folder. One rule: what is frozen is shared, what is trained is somebody's own."""
+"""From a config's model section to decoders in their roles, and back to a folder.
+
+One rule: what is frozen is shared, what is trained is somebody's own.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -104,9 +107,10 @@ def files_fingerprint(folder: Path) -> str | None:
 
 
 def train_role(opened: Opened, wanted: AdapterConfig, role: str, seed: int) -> tuple[str | None, dict[str, nn.Parameter]]:
-    """Gives the decoder what `wanted` says is trained and freezes the rest: the role to run it in (None: the bare weights) and the parameters.
+    """Gives the decoder what `wanted` says is trained and freezes the rest.
 
-    An adapter that came with the model goes on being trained when it is of the wanted kind and shape; with kind full a LoRA is merged first.
+    Returns the role to run it in (None: the bare weights) and the parameters. An adapter that came with the model goes on being trained
+    when it is of the wanted kind and shape; with kind full a LoRA is merged first.
     """
     decoder, found = opened.decoder, opened.adapter
     if wanted.kind == "full":

@@ -85,7 +85,7 @@ def reference_model(config: DpoStageConfig, model: LanguageModel, opened: Opened
     kind = config.reference.kind
     if kind == "adapters_off":
         if model.role is None:
-            raise UserError("reference.kind: adapters_off needs model.adapter.kind lora or ptuning; with full there is no adapter to switch off")
+            raise UserError("reference.kind: adapters_off needs model.adapter.kind lora or ptuning; full has no adapter to switch off")
         return LanguageModel(opened.decoder, None)
     if kind == "frozen" and config.reference.path is not None:
         other = open_model(config.model.model_copy(update={"path": config.reference.path, "init": "load"}), config.run.seed)

@@ -48,13 +48,14 @@ def run(source: str, out: str, kind: str | None = None) -> None:
         worst = difference(before, probe(open_model(ModelConfig(path=str(temporary)), 0)))
         limit = TOLERANCE[opened.decoder.embed.weight.dtype]
         if not worst <= limit:
-            raise RunError(f"the exported folder differs from {folder} by {worst:.3g} on probes, more than {limit:g}; nothing was left at {target}")
+            raise RunError(f"the export differs from {folder} by {worst:.3g} on probes, more than {limit:g}; nothing was left at {target}")
         if target.exists():
             target.rmdir()
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    print(f"{target}: {'merged model' if kind == 'merge' else 'adapter' if adapted else 'model'}, read back and equal (largest difference {worst:.2g})")
+    what = "merged model" if kind == "merge" else "adapter" if adapted else "model"
+    print(f"{target}: {what}, read back and equal (largest difference {worst:.2g})")
 
 
 def finished_model(source: str) -> Path:

@@ -59,7 +59,9 @@ def open_reward(
 
     if scorer is not None:
         render = _renderer(policy, own)
-        yield lambda rollouts, prompts: finish(score_samples(scorer, [render(r, p) for r, p in zip(rollouts, prompts, strict=True)], max_tokens))
+        yield lambda rollouts, prompts: finish(
+            score_samples(scorer, [render(r, p) for r, p in zip(rollouts, prompts, strict=True)], max_tokens)
+        )
         return
     with Judge(str(config.function), config.timeout, folder / "reward.log") as judge:
         yield lambda rollouts, prompts: finish(

@@ -180,7 +180,7 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     }
     trained = {"policy": roles.policy_parameters, "critic": roles.critic_parameters}
     learning = Learning(config.ppo.kl_coefficient)
-    order = {"seed": config.run.seed, "rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
+    order: dict[str, Any] = {"seed": config.run.seed, "rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
     order |= {"data": items_fingerprint(Sample(p.tokens, [False] * len(p.tokens)) for p in prompts.train)}
     source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, config.batch.max_tokens)
     with Run("ppo", config.run, to_yaml(config), world) as run, open_reward(*source) as score:

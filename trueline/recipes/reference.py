@@ -24,7 +24,7 @@ from trueline.model.heads import LanguageModel
 
 @torch.no_grad()
 def pair_logprobs(model: LanguageModel, pairs: Sequence[Pair], max_tokens: int) -> Tensor:
-    """Log-probability of each pair's answers, summed over their trained tokens: `[pairs, 2]` (chosen, rejected), float32 or float64, on the CPU."""
+    """Log-probability of each pair's answers, summed over their trained tokens: `[pairs, 2]` (chosen, rejected) on the CPU."""
     place = model.decoder.embed.weight.device
     rows: list[Tensor] = [torch.empty(0)] * len(pairs)
     for indices in plan([len(p) for p in pairs], max_tokens)[0]:

@@ -24,7 +24,7 @@ def run(config: RewardConfig, dry_run: bool = False) -> None:
     role, parameters = train_role(opened, config.model.adapter, "policy", config.run.seed)
     forget_found(opened)
     scorer = make_scorer(opened.decoder, role, opened.score)
-    parameters["score.weight"] = scorer.score.weight
+    parameters["score.weight"] = scorer.score.get_parameter("weight")
     task = Task(pairs.train, pairs.held_out, pack_pairs, ranking_objective(scorer, config.ranking), count_pairs)
     stage = Stage("reward", config, opened, role, parameters, pairs.train, pairs.held_out, pairs.notes, scorer.score.weight)
     train(stage, scorer, lambda folder: task, dry_run)

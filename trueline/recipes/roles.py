@@ -66,11 +66,12 @@ def open_roles(config: PpoStageConfig) -> Roles:
 def _reference(config: PpoStageConfig, policy: Opened, role: str | None) -> LanguageModel:
     """The policy as training starts, or what `config.reference` names.
 
-    A fresh LoRA has no effect, so the bare trunk is the start. A loaded adapter and a P-tuning prefix do have one: the reference keeps a copy.
+    A fresh LoRA has no effect, so the bare trunk is the start. A loaded adapter or a P-tuning prefix does have one: the reference keeps a
+    copy.
     """
     kind, path = config.reference.kind, config.reference.path
     if kind == "adapters_off" and role is None:
-        raise UserError("reference.kind: adapters_off needs model.adapter.kind lora or ptuning; with full there is no adapter to switch off")
+        raise UserError("reference.kind: adapters_off needs model.adapter.kind lora or ptuning; full has no adapter to switch off")
     if kind == "frozen" and path is not None:
         other = open_model(frozen_config(config.model, path), config.run.seed)
         return LanguageModel(other.decoder, other.role).requires_grad_(False)
@@ -85,7 +86,8 @@ def _reference(config: PpoStageConfig, policy: Opened, role: str | None) -> Lang
 def _critic(config: PpoStageConfig, policy: Opened) -> tuple[Scorer, dict[str, nn.Parameter]]:
     wanted = config.critic.adapter or config.model.adapter
     if config.critic.path is not None:
-        own = open_model(frozen_config(config.model, config.critic.path).model_copy(update={"adapter": wanted}), config.run.seed, with_head=False)
+        settings = frozen_config(config.model, config.critic.path).model_copy(update={"recompute": config.model.recompute})
+        own = open_model(settings, config.run.seed, with_head=False)
         role, parameters = train_role(own, wanted, "critic", config.run.seed)
         forget_found(own)
         scorer = make_scorer(own.decoder, role, own.score)
@@ -96,7 +98,7 @@ def _critic(config: PpoStageConfig, policy: Opened) -> tuple[Scorer, dict[str, n
     else:
         role, parameters = train_role(policy, wanted, "critic", config.run.seed)
         scorer = make_scorer(policy.decoder, role, None)
-    parameters["score.weight"] = scorer.score.weight
+    parameters["score.weight"] = scorer.score.get_parameter("weight")
     return scorer, parameters
 
 
