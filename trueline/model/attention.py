@@ -1,19 +1,15 @@
 """Attention kernels behind one signature: per-sequence SDPA on CPU and as the fallback, varlen flash attention on CUDA."""
 
+import importlib
+import importlib.util
 import inspect
+from collections.abc import Callable
+from functools import cache
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None  # type: ignore[assignment]
-
-# torch 2.11 has varlen attention without grouped heads, 2.13 with them: look, do not ask for the version
-VARLEN_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def packed_attention(
@@ -31,8 +27,8 @@ def packed_attention(
     sequence are seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence. Returns `[T, H, d]`.
     """
     plain = not contexts and prefix_keys is None
-    if plain and q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(q, k, v, lengths)
+    if plain and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and (kernel := varlen_kernel()) is not None:
+        return _varlen(kernel, q, k, v, lengths)
     if plain:
         return _runs(q, k, v, lengths)
     parts = []
@@ -82,16 +78,28 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """Flash attention over the packed axis. Not run on a GPU yet: see docs/not-yet.md."""
+@cache
+def varlen_kernel() -> Callable[..., Tensor] | None:
+    """torch's variable-length flash attention where this torch has it. Imported when first needed: it drags in two seconds of compiler."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    found: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    return found
+
+
+def _varlen(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """Flash attention over the packed axis. Not run on a GPU yet: see docs/not-yet.md.
+
+    torch 2.11 has it without grouped heads and with another name for causal, 2.13 with both: look, do not ask for the version.
+    """
+    known = inspect.signature(kernel).parameters
     ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
     longest = max(lengths)
-    windows = "window_size" in inspect.signature(varlen_attn).parameters
-    options: dict[str, object] = {"window_size": (-1, 0)} if windows else {"is_causal": True}
+    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
-        if VARLEN_GROUPS:
+        if "enable_gqa" in known:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)  # type: ignore[arg-type]
+    out = kernel(q, k, v, ends, ends, longest, longest, **options)
     return out if isinstance(out, Tensor) else out[0]
