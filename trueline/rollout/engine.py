@@ -1,0 +1,246 @@
+"""Answers from the model being trained, many at once. One rule: schedule, run, collect; a request's answer never depends on the others.
+
+The forward is `Decoder.forward` on the parameters themselves, adapters included: there is no second copy of the weights to go stale.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from trueline.errors import RunError
+from trueline.model.heads import LanguageModel, accumulation_dtype
+from trueline.rollout.memory import Decode, Memory, Mixed, Prefill
+from trueline.rollout.sampling import Rollout, Sampling, log_probabilities, sample, seed_tensor, uniforms
+
+PROMPT_TOKENS = 8192  # prompt tokens in one forward, unless a single prompt is longer: bounds the activations
+
+
+@dataclass
+class Work:
+    """What one `generate` call was asked, what waits, and what is done."""
+
+    prompts: list[list[int]]
+    seeds: list[int]
+    sampling: Sampling
+    waiting: deque[int] = field(init=False)
+    answers: dict[int, Rollout] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # long prompts first: requests of like length run together, and equal prompts stand side by side
+        self.waiting = deque(sorted(range(len(self.prompts)), key=lambda i: (-len(self.prompts[i]), self.prompts[i], i)))
+
+    @property
+    def longest(self) -> int:
+        """Most tokens a request can come to have."""
+        return max(len(p) for p in self.prompts) + self.sampling.max_new_tokens
+
+    def admit(self, room: int) -> list[list[int]]:
+        """Takes up to `room` waiting requests, those with equal prompts in one group."""
+        groups: list[list[int]] = []
+        tokens = 0
+        while self.waiting and room:
+            prompt = self.prompts[self.waiting[0]]
+            tokens += len(prompt)
+            if groups and tokens > PROMPT_TOKENS:
+                break
+            groups.append([])
+            while self.waiting and room and self.prompts[self.waiting[0]] == prompt:
+                groups[-1].append(self.waiting.popleft())
+                room -= 1
+        return groups
+
+
+class Running:
+    """The requests being answered, in rows 0 .. `len` - 1 without gaps. Numbers lie on the model's device, what scheduling needs on the host."""
+
+    def __init__(self, rows: int, max_new_tokens: int, dtype: torch.dtype, device: torch.device):
+        self.rows = rows
+        self.requests: list[int] = []  # row -> request
+        self.starts: list[int] = []  # row -> tokens it has, minus `steps`
+        self.steps = 0
+        self.newest = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.position = torch.zeros_like(self.newest)  # of the newest token
+        self.made = torch.zeros_like(self.newest)
+        self.seed = torch.zeros_like(self.newest)
+        self.tokens = torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(rows, max_new_tokens, dtype=dtype, device=device)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, the newest included."""
+        return max(self.starts, default=0) + self.steps
+
+    def add(self, requests: list[int], prompt_length: int, seeds: list[int]) -> None:
+        """Appends rows for requests with one prompt, which is being read."""
+        rows = slice(len(self), len(self) + len(requests))
+        self.requests += requests
+        self.starts += [prompt_length - self.steps] * len(requests)
+        self.position[rows] = prompt_length - 1
+        self.made[rows] = 0
+        self.seed[rows] = seed_tensor(seeds, self.seed.device)
+
+    def extend(self, tokens: Tensor, logprobs: Tensor) -> None:
+        """Every request gets its next token."""
+        n = len(self)
+        rows, made = torch.arange(n, device=tokens.device), self.made[:n]
+        self.tokens[rows, made] = tokens
+        self.logprobs[rows, made] = logprobs
+        self.newest[:n] = tokens
+        self.position[:n] += 1
+        self.made[:n] += 1
+        self.steps += 1
+
+    def remove(self, gone: list[int], memory: Memory) -> None:
+        """Drops rows `gone`; the last rows move into the gaps, so that decoding reads one view."""
+        kept = len(self) - len(gone)
+        gaps = [row for row in gone if row < kept]
+        dropped = set(gone)
+        movers = [row for row in range(kept, len(self)) if row not in dropped]
+        if gaps:
+            target, source = (torch.tensor(rows, device=self.newest.device) for rows in (gaps, movers))
+            memory.copy(source, target, self.longest)
+            for state in (self.newest, self.position, self.made, self.seed, self.tokens, self.logprobs):
+                state[target] = state[source]
+        for listed in (self.requests, self.starts):
+            for gap, mover in zip(gaps, movers, strict=True):
+                listed[gap] = listed[mover]
+            del listed[kept:]
+
+
+class Engine:
+    """Answers prompts with `model`, at most `running` at a time. Key/value memory exists inside `hold()` only.
+
+    >>> with engine.hold():
+    ...     rollouts = engine.generate([[5, 6, 7], [8, 9]], Sampling(max_new_tokens=64, stop=frozenset({2})), seeds=[11, 12])
+    """
+
+    def __init__(self, model: LanguageModel, running: int = 64):
+        if model.decoder.head is None:
+            raise ValueError("a decoder without a vocabulary head cannot generate")
+        if running < 1:
+            raise ValueError(f"running must be at least 1, not {running}")
+        self.model, self.running = model, running
+        self.memory: Memory | None = None
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Memory grows as needed inside the `with`, serves every `generate` call in it, and is freed at its end."""
+        if self.memory is not None:
+            raise RuntimeError("Engine.hold() is already active")
+        decoder, role = self.model.decoder, self.model.role
+        weight = decoder.embed.weight
+        front = decoder.prefixes[role].keys.shape[1] if role is not None and role in decoder.prefixes else 0
+        self.memory = Memory(decoder.config, weight.dtype, weight.device, front)
+        try:
+            yield
+        finally:
+            self.memory = None
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
+        """One answer per prompt, in the prompts' order. Request i's draws are keyed by `seeds[i]` alone; equal prompts are read once.
+
+        Raises ValueError for an empty prompt or a token outside the vocabulary, RunError when the model's numbers are not finite.
+        """
+        if self.memory is None:
+            raise RuntimeError("Engine.generate() needs memory: call it inside `with engine.hold():`")
+        _check(prompts, seeds, self.model.decoder.config.vocab_size)
+        work = Work([list(p) for p in prompts], list(seeds), sampling)
+        weight = self.model.decoder.embed.weight
+        running = Running(min(self.running, len(prompts)), sampling.max_new_tokens, accumulation_dtype(weight.dtype), weight.device)
+        stops = torch.zeros(self.model.decoder.config.vocab_size, dtype=torch.bool, device=weight.device)
+        stops[[s for s in sampling.stop if s < len(stops)]] = True
+        with _evaluating(self.model):
+            while work.waiting or len(running):
+                admitted = work.admit(running.rows - len(running))  # schedule
+                logits = self._run(work, running, self.memory, admitted)
+                _collect(work, running, self.memory, logits, stops)
+        return [work.answers[i] for i in range(len(prompts))]
+
+    def _run(self, work: Work, running: Running, memory: Memory, groups: list[list[int]]) -> Tensor:
+        """One forward over the running requests' newest tokens and the admitted prompts -> logits `[rows, V]` of what comes next."""
+        old, longest = len(running), running.longest
+        prompts = [work.prompts[group[0]] for group in groups]
+        for group, prompt in zip(groups, prompts, strict=True):
+            running.add(group, len(prompt), [work.seeds[i] for i in group])
+        memory.reserve(running.rows, running.longest, work.longest)
+
+        decoder = self.model.decoder
+        if not groups:
+            layout = Decode.of(running.position[:old], longest, memory)
+            hidden = decoder(running.newest[:old], layout, self.model.role)
+        else:
+            leaders = list(accumulate((len(group) for group in groups), initial=old))[:-1]
+            prefill = Prefill.of([len(p) for p in prompts], leaders, memory)
+            mixed = Mixed.of(Decode.of(running.position[:old], longest, memory), prefill) if old else prefill
+            read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
+            hidden = decoder(torch.cat((running.newest[:old], read)), mixed, self.model.role)
+            hidden = hidden[_share(groups, prompts, leaders, old, memory)]
+        logits: Tensor = decoder.head(hidden)
+        return logits.to(accumulation_dtype(logits.dtype))
+
+
+def _share(groups: list[list[int]], prompts: list[list[int]], leaders: list[int], old: int, memory: Memory) -> Tensor:
+    """Gives each group's leading row's keys and values to the rest of the group -> for each row, where its state lies in the forward."""
+    states = list(range(old))
+    end = old - 1
+    source, target = [], []
+    for group, prompt, leader in zip(groups, prompts, leaders, strict=True):
+        end += len(prompt)
+        states += [end] * len(group)
+        source += [leader] * (len(group) - 1)
+        target += range(leader + 1, leader + len(group))
+    device = memory.keys.device
+    if target:
+        memory.copy(torch.tensor(source, device=device), torch.tensor(target, device=device), max(len(p) for p in prompts))
+    return torch.tensor(states, device=device)
+
+
+def _collect(work: Work, running: Running, memory: Memory, logits: Tensor, stops: Tensor) -> None:
+    """Draws every request's next token, and lets the finished requests go."""
+    n, sampling = len(running), work.sampling
+    tokens = sample(logits, uniforms(running.seed[:n], running.made[:n]), sampling)
+    running.extend(tokens, log_probabilities(logits, tokens, sampling.temperature))
+    finished = stops[tokens] | (running.made[:n] == sampling.max_new_tokens)
+    gone: list[int] = finished.nonzero()[:, 0].tolist()  # the one question to the device in a step
+    if not gone:
+        return
+    for row, made in zip(gone, running.made[gone].tolist(), strict=True):
+        request = running.requests[row]
+        answer, logprobs = running.tokens[row, :made].tolist(), running.logprobs[row, :made]
+        if not logprobs.isfinite().all():
+            raise RunError(f"the model's logits are not finite for prompt {request}: its weights have diverged or were damaged")
+        finish: Literal["stop", "length"] = "stop" if answer[-1] in sampling.stop else "length"
+        work.answers[request] = Rollout(work.prompts[request], answer, logprobs.tolist(), finish)
+    running.remove(gone, memory)
+
+
+def _check(prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab_size: int) -> None:
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} is empty; a prompt has at least one token")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(f"prompt {i} has a token outside the vocabulary of {vocab_size}: {min(prompt)} to {max(prompt)}")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off, and every module back in its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

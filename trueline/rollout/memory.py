@@ -1,0 +1,135 @@
+"""Key/value memory of the requests being answered, and the layouts that fill and read it. One rule: it is read as views, never gathered."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trueline.model.attention import decode_attention
+from trueline.model.decoder import DecoderConfig
+from trueline.model.layout import Packed
+
+
+class Memory:
+    """Keys and values `[L, rows, G, columns, d]`: one row per request, one column per token. P-tuning's prefix takes the first `front` columns.
+
+    Every number in it is finite, also where no token lies: a masked value counts 0 times itself.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, front: int = 0):
+        self.front = front
+        shape = (config.num_layers, 0, config.num_kv_heads, 0, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def reserve(self, rows: int, length: int, limit: int) -> None:
+        """Room for `rows` requests of `length` tokens. Grows by half at least, up to `limit`: most answers stop long before they have to."""
+        layers, old_rows, heads, old_columns, size = self.keys.shape
+        columns = self.front + length
+        if rows <= old_rows and columns <= old_columns:
+            return
+        if columns > old_columns:
+            columns = max(columns, min(old_columns + old_columns // 2, self.front + limit))
+        shape = (layers, max(rows, old_rows), heads, max(columns, old_columns), size)
+        for name in ("keys", "values"):  # one after the other: only one of them is held twice
+            old = getattr(self, name)
+            new = old.new_zeros(shape)
+            new[:, :old_rows, :, :old_columns] = old
+            setattr(self, name, new)
+
+    def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores `k`, `v` `[T, G, d]` of the tokens at `positions` `[T]` of `rows` `[T]`."""
+        self.keys[layer, rows, :, positions + self.front] = k
+        self.values[layer, rows, :, positions + self.front] = v
+
+    def write_prefix(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores a learned prefix `[P, G, d]` in front of `rows` `[T]`."""
+        self.keys[layer, rows, :, : self.front] = keys.transpose(0, 1).to(self.keys.dtype)
+        self.values[layer, rows, :, : self.front] = values.transpose(0, 1).to(self.values.dtype)
+
+    def copy(self, source: Tensor, target: Tensor, length: int) -> None:
+        """Copies the prefix and the first `length` tokens of rows `source` `[N]` to rows `target` `[N]`."""
+        columns = self.front + length
+        for part in (self.keys, self.values):
+            part[:, target, :, :columns] = part[:, source, :, :columns]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Whole prompts, packed, which also leave their keys and values in memory."""
+
+    inner: Packed
+    memory: Memory
+    leaders: Tensor  # row of each prompt [N]
+    rows: Tensor  # row of each token [T]
+
+    @staticmethod
+    def of(lengths: list[int], rows: list[int], memory: Memory) -> "Prefill":
+        device = memory.keys.device
+        leaders = torch.tensor(rows, device=device)
+        of_token = leaders.repeat_interleave(torch.tensor(lengths, device=device))
+        return Prefill(Packed.of(lengths, device=device), memory, leaders, of_token)
+
+    @property
+    def positions(self) -> Tensor:
+        return self.inner.positions
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.memory.write(layer, self.rows, self.positions, k, v)
+        return self.inner.attend(layer, q, k, v)
+
+    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        self.memory.write_prefix(layer, self.leaders, keys, values)
+        self.memory.write(layer, self.rows, self.positions, k, v)
+        return self.inner.attend_prefixed(layer, q, k, v, keys, values)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """The newest token of each request in rows 0 .. N - 1; its past lies in memory."""
+
+    positions: Tensor  # [N]
+    memory: Memory
+    rows: Tensor  # 0 .. N - 1
+    mask: Tensor  # [N, G, 1, columns read], minus infinity behind each request's newest token
+
+    @staticmethod
+    def of(positions: Tensor, longest: int, memory: Memory) -> "Decode":
+        """`longest` is 1 + the largest position, known without asking the device."""
+        keys = memory.keys
+        columns = torch.arange(memory.front + longest, device=keys.device)
+        unseen = columns > positions[:, None] + memory.front
+        mask = torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
+        # repeated for each head once, for all layers
+        mask = mask[:, None, None].expand(-1, keys.shape[2], -1, -1).contiguous()
+        return Decode(positions, memory, torch.arange(len(positions), device=keys.device), mask)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.memory.write(layer, self.rows, self.positions, k, v)
+        past = (slice(len(q)), slice(None), slice(self.mask.shape[-1]))
+        return decode_attention(q, self.memory.keys[layer][past], self.memory.values[layer][past], self.mask)
+
+    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.attend(layer, q, k, v)  # the prompt left the prefix in memory
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Newest tokens of the running requests, then the prompts of the admitted ones: one forward serves both."""
+
+    decode: Decode
+    prefill: Prefill
+    positions: Tensor  # [N + T]
+
+    @staticmethod
+    def of(decode: Decode, prefill: Prefill) -> "Mixed":
+        return Mixed(decode, prefill, torch.cat((decode.positions, prefill.positions)))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = len(self.decode.positions)
+        return torch.cat((self.decode.attend(layer, q[:n], k[:n], v[:n]), self.prefill.attend(layer, q[n:], k[n:], v[n:])))
+
+    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        n = len(self.decode.positions)
+        old = self.decode.attend_prefixed(layer, q[:n], k[:n], v[:n], keys, values)
+        return torch.cat((old, self.prefill.attend_prefixed(layer, q[n:], k[n:], v[n:], keys, values)))
