@@ -13,15 +13,29 @@ import numpy as np
 from numpy.random import Generator
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trueline.recipes.demo_grammar import GREETINGS, KINDS, LANGUAGES, MANNERS, PHRASES, TOPICS, Language, Manner, Question, ask, facts, join
+from trueline.recipes.demo_grammar import (
+    GREETINGS,
+    KINDS,
+    LANGUAGES,
+    MANNERS,
+    PHRASES,
+    TOPICS,
+    Language,
+    Manner,
+    Question,
+    ask,
+    facts,
+    join,
+)
 
-# prompts per kind and language: SFT asks the first, held-out files share the second, PPO and the pairs take the first again and the third
-TRAIN, HELD_OUT, FRESH = {"sum": 400, "larger": 400}, 40, 20
-TRAIN_DEFAULT = 220
+# prompts per kind and language; a prompt is a fact, a template and a greeting. Tables this small are learned in about a minute on two
+# cores because there are more prompts than the model can memorise: with a third of them it remembers prompts instead of facts
+TRAIN, TRAIN_WIDE = 220, {"sum": 400, "larger": 400}
+FRESH, HELD_OUT = 20, 40
 PAIRS, HELD_OUT_PAIRS = 2400, 400
 WRONG_SHARE = 0.15  # of the pairs: same manner, one answer wrong
 
-CONTROL_TOKENS = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+CONTROL_TOKENS = tuple("<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|>".split())
 VOCABULARY = 1024
 # one Chinese character, one English word with the space before it, one number, one run of marks: a fact never melts into its template
 PIECES = r"\p{Han}| ?[a-zA-Z]+|\p{N}+| ?[^\s\p{L}\p{N}]|\s+"
@@ -54,7 +68,7 @@ def split_questions(rng: Generator) -> Split:
     split = Split([], [], [])
     for language in LANGUAGES:
         for kind in KINDS:
-            n = TRAIN.get(kind, TRAIN_DEFAULT)
+            n = TRAIN_WIDE.get(kind, TRAIN)
             drawn = _draw(kind, language, n + FRESH + HELD_OUT, rng)
             split.train.extend(drawn[:n])
             split.fresh.extend(drawn[n : n + FRESH])
@@ -165,7 +179,7 @@ def write_model(folder: Path, tokenizer: Tokenizer) -> None:
         "intermediate_size": 256,
         "max_position_embeddings": 512,
         "num_attention_heads": 4,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_key_value_heads": 2,
         "pad_token_id": ids["<|endoftext|>"],
         "partial_rotary_factor": 0.5,

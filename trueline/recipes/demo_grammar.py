@@ -127,16 +127,17 @@ TOPICS: dict[tuple[str, Language], Topic] = {
     ),
     ("larger", "en"): Topic(
         ("Which is {d}, {a} or {b}?", "Is {a} or {b} {d}?", "Of {a} and {b}, which is {d}?"),
-        ("It is {y}.", "The {d} of these two numbers is {y}."),
+        ("It is {y}.", "The {d} number is {y}."),
     ),
     ("larger", "zh"): Topic(
         ("{a}和{b}哪个{d}？", "{a}与{b}相比，哪个更{d}？", "哪个数{d}，{a}还是{b}？"),
-        ("是{y}。", "这两个数中更{d}的是{y}。"),
+        ("是{y}。", "更{d}的数是{y}。"),
     ),
 }
 
 OPPOSITES: dict[Language, str] = {
-    "en": "hot cold, big small, tall short, fast slow, new old, heavy light, near far, early late, strong weak, wet dry, full empty, happy sad",
+    "en": "hot cold, big small, tall short, fast slow, new old, heavy light, near far, early late, strong weak, wet dry, full empty, "
+    "happy sad",
     "zh": "高 矮, 长 短, 快 慢, 冷 热, 新 旧, 轻 重, 远 近, 早 晚, 胖 瘦, 深 浅, 软 硬, 美 丑",
 }
 CAPITALS = (
@@ -150,8 +151,8 @@ DAYS: dict[Language, str] = {
 }
 NEXT_DAY: dict[Language, tuple[str, str]] = {"en": ("after", "before"), "zh": ("后", "前")}
 COLOURS: dict[Language, str] = {
-    "en": "grass: green, snow: white, coal: black, blood: red, the sky: blue, a lemon: yellow, milk: white, a carrot: orange, the sea: blue, "
-    "chocolate: brown, a pig: pink, an elephant: grey",
+    "en": "grass: green, snow: white, coal: black, blood: red, the sky: blue, a lemon: yellow, milk: white, a carrot: orange, "
+    "the sea: blue, chocolate: brown, a pig: pink, an elephant: grey",
     "zh": "草: 绿, 雪: 白, 煤: 黑, 血: 红, 天空: 蓝, 柠檬: 黄, 牛奶: 白, 橘子: 橙, 大海: 蓝, 巧克力: 棕, 小猪: 粉, 大象: 灰",
 }
 WORDS = "cat 猫, dog 狗, fish 鱼, bird 鸟, horse 马, cow 牛, tree 树, flower 花, water 水, fire 火, moon 月, river 河, book 书, tea 茶"
@@ -242,7 +243,7 @@ def statement(answer: str) -> str:
 
 
 def correct(record: dict[str, Any], answer: str) -> bool:
-    """Does the answer state the fact that was asked for, and nothing else? Its manner does not matter. `record` is a line of a prompts file."""
+    """Does the answer state the fact asked for, and nothing else? Its manner does not matter. `record` is a line of a prompts file."""
     return statement(answer) in record["accepted"]
 
 

@@ -215,7 +215,9 @@ def curves(metrics: Iterable[dict[str, Any]]) -> tuple[tuple[Chart, ...], tuple[
             if name not in ("step", "tokens", "seconds") and _is_number(value) and _is_number(step):
                 points.setdefault((name, str(split)), []).append((float(step), float(value)))  # type: ignore[arg-type]
     planned = {name for plot in (*MAIN, *MORE) for name in plot.names}
-    others = tuple(Plot(_words(name)[:1].upper() + _words(name)[1:], (name,)) for name in dict.fromkeys(n for n, _ in points) if name not in planned)
+    others = tuple(
+        Plot(_words(name)[:1].upper() + _words(name)[1:], (name,)) for name in dict.fromkeys(n for n, _ in points) if name not in planned
+    )
     return _charts(MAIN, points), _charts((*MORE, *others), points)
 
 
@@ -261,9 +263,7 @@ def demo_comparisons(stages: Sequence[DemoStage]) -> tuple[Compared, ...]:
     rows = list(zip(*(s.judged for s in stages), strict=True))
     brusque, other = ([row for row in rows if bool(row[0]["preferred"]) == kind] for kind in (False, True))
     chosen = [row for part, most in ((brusque, 3), (other, 1)) for chinese in (True, False) for row in _of_language(part, chinese)[:most]]
-    return tuple(
-        Compared(row[0]["prompt"], tuple(_judged(s.name, x) for s, x in zip(stages, row, strict=True))) for row in chosen
-    )
+    return tuple(Compared(row[0]["prompt"], tuple(_judged(s.name, x) for s, x in zip(stages, row, strict=True))) for row in chosen)
 
 
 def _of_language(rows: list[tuple[dict[str, Any], ...]], chinese: bool) -> list[tuple[dict[str, Any], ...]]:
