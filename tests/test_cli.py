@@ -14,7 +14,7 @@ from trueline import cli
 from trueline.errors import Interrupted, RunError, UserError
 
 GOOD = "model: {path: nowhere}\ndata: {train: [a.jsonl]}\nrun: {output: out, steps: 1}\n"
-VERBS = ("sft", "reward", "dpo", "ppo", "evaluate", "generate", "chat", "export", "check", "demo")
+VERBS = ("sft", "reward", "dpo", "ppo", "prepare", "evaluate", "generate", "chat", "export", "check", "demo")
 
 
 def trueline(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,22 @@
 """The same things from Python: load any model for its log-probabilities, scores, rendering and answers; and the stages as functions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from trueline.config.schema import ModelConfig, SamplingConfig
+from trueline.config.load import from_any
+from trueline.config.schema import (
+    DpoStageConfig,
+    EvaluateConfig,
+    ModelConfig,
+    PpoStageConfig,
+    RewardConfig,
+    SamplingConfig,
+    SftConfig,
+    StageConfig,
+)
 from trueline.data.conversation import Conversation
 from trueline.data.messages import check_roles, read_turns
 from trueline.data.sample import Sample
@@ -13,6 +24,11 @@ from trueline.data.stream import key, plan
 from trueline.errors import UserError
 from trueline.model.batch import Batch, pack
 from trueline.model.heads import LanguageModel
+from trueline.recipes import dpo as dpo_recipe
+from trueline.recipes import evaluate as evaluate_recipe
+from trueline.recipes import ppo as ppo_recipe
+from trueline.recipes import reward as reward_recipe
+from trueline.recipes import sft as sft_recipe
 from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.generate import answer, language_model_of
 from trueline.rollout.sampling import Rollout
@@ -90,3 +106,44 @@ def load(path: str, dtype: str = "auto", adapter: str | None = None, tokenizer: 
     `adapter` puts an adapter folder on `path`, whatever base that adapter records. Without tokenizer files it still serves token lists.
     """
     return Model(open_model(ModelConfig.model_validate({"path": path, "dtype": dtype, "tokenizer": tokenizer}), seed=0, adapter=adapter))
+
+
+Given = str | Path | Mapping[str, Any]
+"""A configuration: the path of a YAML file, or a dictionary; the stage's own class will do too."""
+
+
+def sft(config: Given | SftConfig) -> Path:
+    """`trueline sft`; returns the folder of the finished model. Interrupted when a signal stopped the run after it was saved."""
+    settings = from_any(SftConfig, config)
+    sft_recipe.run(settings)
+    return _finished(settings)
+
+
+def reward(config: Given | RewardConfig) -> Path:
+    """`trueline reward`; returns the folder of the finished reward model."""
+    settings = from_any(RewardConfig, config)
+    reward_recipe.run(settings)
+    return _finished(settings)
+
+
+def dpo(config: Given | DpoStageConfig) -> Path:
+    """`trueline dpo`; returns the folder of the finished model."""
+    settings = from_any(DpoStageConfig, config)
+    dpo_recipe.run(settings)
+    return _finished(settings)
+
+
+def ppo(config: Given | PpoStageConfig) -> Path:
+    """`trueline ppo`; returns the folder of the finished policy."""
+    settings = from_any(PpoStageConfig, config)
+    ppo_recipe.run(settings)
+    return _finished(settings)
+
+
+def evaluate(config: Given | EvaluateConfig) -> dict[str, float]:
+    """`trueline evaluate`; returns the numbers of its line in metrics.jsonl."""
+    return evaluate_recipe.run(from_any(EvaluateConfig, config))
+
+
+def _finished(config: StageConfig) -> Path:
+    return config.run.output / "model"

@@ -69,6 +69,13 @@ def ppo(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 
 @app.command()
+def prepare(arguments: Arguments) -> None:
+    """Compute the reference of a dpo configuration ahead of training."""
+    path = _recipe("dpo").prepare(_configuration("dpo", arguments))
+    print(f"{path}: reference log-probabilities, for dpo with the same configuration")
+
+
+@app.command()
 def evaluate(arguments: Arguments, dry_run: DryRun = False) -> None:
     """Measure a model on held-out records, and let it answer them."""
     _stage("evaluate", arguments, dry_run)
@@ -144,12 +151,15 @@ def _recipe(name: str) -> Any:
 
 
 def _stage(name: str, arguments: Sequence[str], dry_run: bool) -> None:
+    _recipe(name).run(_configuration(name, arguments), dry_run)
+
+
+def _configuration(stage: str, arguments: Sequence[str]) -> Any:
     from trueline.config.load import load_config
     from trueline.config.schema import STAGES
 
     files, settings = _split(arguments)
-    config = load_config(STAGES[name], files, settings)
-    _recipe(name).run(config, dry_run)
+    return load_config(STAGES[stage], files, settings)
 
 
 def _sampling(settings: Sequence[str] | None) -> Any:
