@@ -232,7 +232,7 @@ def _stop(message: str, code: int) -> int:
 
 def _sentence(error: Exception) -> str:
     """What to say of an error nobody foresaw; it still names the cause and what to do."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full{f' (writing {error.filename})' if error.filename else ''}; make room and run the same command again"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"

@@ -346,18 +346,18 @@ class PpoStageConfig(StageConfig):
     """The algorithm."""
 
     def conflicts(self) -> list[str]:
-        problems = [*super().conflicts(), *_reference_conflicts(self.model, self.reference)]
-        if bool(self.ppo.ptx_coefficient) != bool(self.data.ptx):
-            problems.append("ppo.ptx_coefficient and data.ptx need each other; give both or neither")
-        if self.ppo.kl_target is not None and not self.ppo.kl_coefficient:
-            problems.append("ppo.kl_target adapts ppo.kl_coefficient, which must then start above 0")
-        if self.reference.kind == "stored":
-            problems.append("reference.kind: stored is for dpo; rollouts are new each iteration")
-        if self.sampling.temperature == 0:
-            problems.append("sampling.temperature: 0 never explores; PPO needs a positive temperature")
-        if self.ppo.minibatches > self.rollout.prompts * self.rollout.samples:
-            problems.append("ppo.minibatches exceeds the rollouts of an iteration (rollout.prompts x rollout.samples)")
-        return problems
+        ppo, adapters = self.ppo, (self.model.adapter, self.critic.adapter or self.model.adapter)
+        found = {
+            "ppo.ptx_coefficient and data.ptx need each other; give both or neither": bool(ppo.ptx_coefficient) != bool(self.data.ptx),
+            "ppo.kl_target adapts ppo.kl_coefficient, which must then start above 0": ppo.kl_target is not None and not ppo.kl_coefficient,
+            "reference.kind: stored is for dpo; rollouts are new each iteration": self.reference.kind == "stored",
+            "sampling.temperature: 0 never explores; PPO needs a positive temperature": self.sampling.temperature == 0,
+            "ppo.minibatches exceeds rollout.prompts x rollout.samples": ppo.minibatches > self.rollout.prompts * self.rollout.samples,
+            "model.adapter.dropout and critic.adapter.dropout must be 0 in ppo, or rollout and training would differ":
+                any(adapter.dropout for adapter in adapters),
+        }
+        sentences = [sentence for sentence, wrong in found.items() if wrong]
+        return [*super().conflicts(), *_reference_conflicts(self.model, self.reference), *sentences]
 
 
 def _reference_conflicts(model: ModelConfig, reference: ReferenceConfig) -> list[str]:

@@ -4,7 +4,9 @@ One rule: what is frozen is shared, what is trained is somebody's own.
 """
 
 import hashlib
+import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from trueline.families.export import save_folder
 from trueline.families.family import stop_ids
 from trueline.families.folder import ModelFolder, load_decoder, load_score, open_folder, random_decoder, resolve
 from trueline.families.peft import Base, adapter_base, adapter_score, is_adapter, load_adapter, save_adapter
-from trueline.model.adapters import add_adapter, copy_adapter, merge_adapter, remove_adapter, trainable
+from trueline.model.adapters import add_adapter, copy_adapter, halves, low_ranks, merge_adapter, remove_adapter, trainable
 from trueline.model.decoder import Decoder
 from trueline.model.heads import Scorer
 from trueline.parallel.world import find_device
@@ -53,6 +55,14 @@ class Opened:
         """The role that speaks as the model was found."""
         return FOUND if self.adapter else None
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the weight files it was read from; an adapter's, then its base's. Random weights have their seed's."""
+        if self.drawn is not None:
+            return f"random, seed {self.drawn}"
+        places = dict.fromkeys((self.path, self.folder.path))
+        return " on ".join(files_fingerprint(place) or "random" for place in places)
+
     def text(self) -> Tokenizer:
         """The tokenizer, or a sentence on how to get one."""
         if self.tokenizer is None:
@@ -67,7 +77,7 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: 
     if adapter and not adapted:
         raise UserError(f"{path} is not an adapter folder: it has no adapter_config.json")
     name = config.path if adapter or not adapted else adapter_base(path)[0]
-    where = resolve(name)
+    where = _base_of(path, name) if adapted and not adapter else resolve(name)
     folder = open_folder(where)
     name = str(where.resolve()) if Path(name).expanduser().is_dir() else name
     device = find_device()
@@ -90,6 +100,21 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: 
     return Opened(path, folder, name, _tokenizer(config, path, where), decoder, score, found, drawn)
 
 
+def _base_of(adapter: Path, name: str) -> Path:
+    try:
+        return resolve(name)
+    except UserError as error:
+        advice = "put the base back, or write where it is now as base_model_name_or_path into adapter_config.json"
+        raise UserError(f"{adapter} is an adapter, and its base is not to be had: {error}; {advice}") from None
+
+
+def speaking(opened: Opened) -> Opened:
+    """The model itself, when it is a language model."""
+    if opened.score is not None:
+        raise UserError(f"{opened.path} is a reward model: it scores answers and cannot write them; give a language model instead")
+    return opened
+
+
 def _tokenizer(config: ModelConfig, path: Path, base: Path) -> Tokenizer | None:
     if config.tokenizer:
         return load_tokenizer(resolve(config.tokenizer))
@@ -101,19 +126,33 @@ def files_fingerprint(folder: Path) -> str | None:
     digest = hashlib.sha256()
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        found = file.stat()
+        digest.update(f"{file.name} {_file_hash(file.resolve(), found.st_size, found.st_mtime_ns)}\n".encode())
     return digest.hexdigest() if files else None
 
 
-def train_role(opened: Opened, wanted: AdapterConfig, role: str, seed: int) -> tuple[str | None, dict[str, nn.Parameter]]:
+@lru_cache(maxsize=256)
+def _file_hash(file: Path, size: int, changed: int) -> str:
+    """sha256 of a file's bytes, which are read again only when the file has changed."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def train_role(
+    opened: Opened, wanted: AdapterConfig, role: str, seed: int, section: str = "model.adapter"
+) -> tuple[str | None, dict[str, nn.Parameter]]:
     """Gives the decoder what `wanted` says is trained and freezes the rest.
 
     Returns the role to run it in (None: the bare weights) and the parameters. An adapter that came with the model goes on being trained
-    when it is of the wanted kind and shape; with kind full a LoRA is merged first.
+    when it is of the wanted kind and shape; with kind full a LoRA is merged first. `section` of the config says what is wanted.
     """
     decoder, found = opened.decoder, opened.adapter
     if wanted.kind == "full":
+        if found is not None and found.kind == "ptuning":
+            raise UserError(
+                f"{opened.path} holds a ptuning adapter, which cannot be merged into weights, and {section} asks for kind: full; "
+                f"set {section}.kind=ptuning to go on training it"
+            )
         if found is not None:
             merge_adapter(decoder, FOUND)
         return None, trainable(decoder, None, "full")
@@ -123,12 +162,16 @@ def train_role(opened: Opened, wanted: AdapterConfig, role: str, seed: int) -> t
     shape = ("kind", "rank", "alpha", "targets") if wanted.kind == "lora" else ("kind", "tokens")
     differs = [name for name in shape if _plain(getattr(found, name)) != _plain(getattr(wanted, name))]
     if differs:
+        there, asked = (", ".join(f"{n}: {_plain(getattr(adapter, n))}" for n in differs) for adapter in (found, wanted))
+        other = ", or export it with --merge and start from that" if found.kind == "lora" else ""
         raise UserError(
-            f"{opened.path} holds a {found.kind} adapter with {', '.join(f'{n}: {_plain(getattr(found, n))}' for n in differs)}, "
-            f"and the config asks for {', '.join(f'{n}: {_plain(getattr(wanted, n))}' for n in differs)}; "
-            "set model.adapter alike to go on training it, or export it with --merge and start from that"
+            f"{opened.path} holds a {found.kind} adapter with {there}, and {section} asks for {asked}; "
+            f"set {section} alike to go on training it{other}"
         )
     copy_adapter(decoder, FOUND, role)
+    for half in halves(decoder):
+        for adapter in low_ranks(half, role).values():
+            adapter.dropout.p = wanted.dropout  # the config says how it goes on, whatever it was trained with before
     return role, trainable(decoder, role, wanted.kind)
 
 
@@ -155,6 +198,8 @@ def publish(out: Path, opened: Opened, role: str | None, adapter: AdapterConfig,
 
     Random weights under an adapter are drawn again into `base` beside it, for nobody could use the adapter without them.
     """
+    for leftover in out.parent.glob(f".{out.name}.*"):  # of a run that was killed while it wrote this
+        shutil.rmtree(leftover, ignore_errors=True)
     if role is None:
         save_folder(out, opened.decoder, opened.folder, opened.tokenizer, score, replace=True)
         return

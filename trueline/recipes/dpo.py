@@ -4,6 +4,7 @@ Reference log-probabilities are computed once, before the first step, and kept i
 of. Left out: online reference passes, prompt sharing between the two sides, further members of the loss family.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from trueline.data.sample import Pair
 from trueline.errors import UserError
 from trueline.model.batch import Batch, pack_pairs
 from trueline.model.heads import LanguageModel
-from trueline.recipes.assemble import Opened, forget_found, open_model, train_role
+from trueline.recipes.assemble import Opened, forget_found, open_model, speaking, train_role
 from trueline.recipes.fit import Stage, Task, train
+from trueline.recipes.generate import language_model_of
 from trueline.recipes.prepare import Prepared, preference_pairs
 from trueline.recipes.reference import model_fingerprint, pair_logprobs, pairs_fingerprint, store_reference, stored_reference
 from trueline.recipes.reward import preference_metrics
@@ -65,16 +67,17 @@ def prepare(config: DpoStageConfig) -> Path:
     """`trueline prepare`: stores the reference log-probabilities of all pairs at `reference.path`."""
     if config.reference.kind != "stored" or config.reference.path is None:
         raise UserError("prepare writes reference log-probabilities for reference.kind: stored; set that, and reference.path to the file")
-    _, pairs, model, _ = _open(config)
+    opened, pairs, model, _ = _open(config)
+    reference = reference_model(config, model, opened)
     target = Path(config.reference.path)
     everything = [*pairs.train, *pairs.held_out]
-    values = pair_logprobs(model.eval(), everything, config.batch.max_tokens)
-    store_reference(target, values, model_fingerprint(model), pairs_fingerprint(everything))
+    values = pair_logprobs(reference.eval(), everything, config.batch.max_tokens)
+    store_reference(target, values, model_fingerprint(reference), pairs_fingerprint(everything))
     return target
 
 
 def _open(config: DpoStageConfig) -> tuple[Opened, Prepared[Pair], LanguageModel, dict[str, nn.Parameter]]:
-    opened = open_model(config.model, config.run.seed)
+    opened = speaking(open_model(config.model, config.run.seed))
     pairs = preference_pairs(config.data, opened.folder.family, opened.text(), config.run.seed)
     role, parameters = train_role(opened, config.model.adapter, "policy", config.run.seed)
     return opened, pairs, LanguageModel(opened.decoder, role), parameters
@@ -88,19 +91,23 @@ def reference_model(config: DpoStageConfig, model: LanguageModel, opened: Opened
             raise UserError("reference.kind: adapters_off needs model.adapter.kind lora or ptuning; full has no adapter to switch off")
         return LanguageModel(opened.decoder, None)
     if kind == "frozen" and config.reference.path is not None:
-        other = open_model(config.model.model_copy(update={"path": config.reference.path, "init": "load"}), config.run.seed)
-        return LanguageModel(other.decoder, other.role)
-    return model
+        settings = config.model.model_copy(update={"path": config.reference.path, "init": "load"})
+        return language_model_of(open_model(settings, config.run.seed))
+    fresh_lora = opened.adapter is None and model.role is not None and model.role not in opened.decoder.prefixes
+    return LanguageModel(opened.decoder, None) if fresh_lora else model  # a fresh LoRA has no effect, so no say in the fingerprint either
 
 
 def reference_logprobs(config: DpoStageConfig, reference: LanguageModel, pairs: Sequence[Pair], folder: Path) -> Tensor:
     """`[pairs, 2]`: stored before (`reference.path`, or by an earlier start of this run), or computed now and kept in the run folder."""
-    stored = config.reference.kind == "stored"
-    path = Path(str(config.reference.path)) if stored else folder / "reference.safetensors"
     model, data = model_fingerprint(reference), pairs_fingerprint(pairs)
-    if not stored and not path.is_file():
-        store_reference(path, pair_logprobs(reference.eval(), pairs, config.batch.max_tokens), model, data)
-    return stored_reference(path, model, data)
+    if config.reference.kind == "stored":
+        return stored_reference(Path(str(config.reference.path)), model, data)
+    path = folder / "reference.safetensors"
+    with contextlib.suppress(UserError):  # nothing there yet, or of a start with other settings
+        return stored_reference(path, model, data)
+    values = pair_logprobs(reference.eval(), pairs, config.batch.max_tokens)
+    store_reference(path, values, model, data)
+    return values
 
 
 def pack_judged(items: Sequence[Judged]) -> JudgedBatch:

@@ -3,25 +3,39 @@
 Left out: benchmarks and text metrics. The numbers are those the training stages log, by the same objectives.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from trueline.config.load import to_yaml
 from trueline.config.schema import EvaluateConfig, MeshConfig, RankingConfig
 from trueline.data.formats import load_file
 from trueline.data.reader import Problems
-from trueline.data.stream import key
+from trueline.data.sample import Pair, Sample
+from trueline.data.stream import key, plan
 from trueline.errors import UserError
 from trueline.model.batch import pack, pack_pairs
 from trueline.parallel.world import World, start
-from trueline.recipes.assemble import Opened, files_fingerprint, make_scorer, open_model
+from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.fit import Task, held_out_values
 from trueline.recipes.generate import answer, language_model_of
-from trueline.recipes.judges import open_reward, reward_model, sample_line
-from trueline.recipes.prepare import preference_pairs, prompt_tokens, sft_samples
+from trueline.recipes.judges import Scores, open_reward, reward_model, sample_line
+from trueline.recipes.prepare import Prepared, TokenPrompt, preference_pairs, prompt_tokens, sft_samples
 from trueline.recipes.report import run_report
 from trueline.recipes.reward import count_pairs, ranking_objective
 from trueline.recipes.sft import count_tokens, sft_objective
 from trueline.train.run import Run
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What there is to measure; `notes` say what was left out."""
+
+    pairs: list[Pair]  # for a reward model
+    answers: list[Sample]
+    prompts: list[TokenPrompt]
+    notes: list[str]
 
 
 def run(config: EvaluateConfig, dry_run: bool = False) -> dict[str, float]:
@@ -31,23 +45,54 @@ def run(config: EvaluateConfig, dry_run: bool = False) -> dict[str, float]:
         return {}
     world = start(MeshConfig())
     opened = open_model(config.model, config.run.seed)
-    if opened.score is not None and config.reward is not None:
-        raise UserError("reward: the model is a reward model itself; leave reward out to evaluate it on pairs")
-    with Run("evaluate", config.run, to_yaml(config), world) as run:
-        run.begin(0, 1, {str(opened.path): files_fingerprint(opened.path) or "random"})
+    held = read_held_out(config, opened)
+    with Run("evaluate", config.run, to_yaml(config), world) as run, open_score(config, opened) as score:
+        run.begin(0, 1, {str(opened.path): opened.fingerprint})
+        for note in held.notes:
+            run.say(note)
         values: dict[str, float] = {}
-        if opened.score is not None:
-            values |= pair_values(config, opened, world)
-        else:
-            if file_use(config) != "prompt":
-                values |= answer_values(config, opened, world)
-            if config.generate:
-                spoken, lines = spoken_values(config, opened, run)
-                values |= spoken
-                run.samples(1, lines)
+        if held.pairs:
+            values |= pair_values(config, opened, held.pairs, world)
+        if held.answers:
+            values |= answer_values(config, opened, held.answers, world)
+        if held.prompts:
+            spoken, lines = spoken_values(config, opened, held.prompts, score)
+            values |= spoken
+            run.samples(1, lines)
         run.log(1, values, "eval")
         run_report(run.folder)
     return values
+
+
+def read_held_out(config: EvaluateConfig, opened: Opened) -> HeldOut:
+    """Pairs for a reward model; for a language model answers, where the files have any, and prompts to answer itself."""
+    source = (config.data, opened.folder.family, opened.text())
+    seed = config.run.seed
+    if opened.score is not None:
+        if config.reward is not None:
+            raise UserError("reward: the model is a reward model itself; leave reward out to evaluate it on pairs")
+        pairs = preference_pairs(*source, seed)
+        held = HeldOut(pairs.held_out, [], [], pairs.notes)
+    else:
+        answers = sft_samples(*source, seed) if file_use(config) != "prompt" else Prepared[Sample]([], [], [])
+        prompts = prompt_tokens(*source, config.sampling.max_new_tokens, seed) if config.generate else Prepared[TokenPrompt]([], [], [])
+        held = HeldOut([], answers.held_out, prompts.held_out, list(dict.fromkeys(answers.notes + prompts.notes)))
+    if not (held.pairs or held.answers or held.prompts):
+        raise UserError("the held-out files hold prompts alone, and generate is false, so there is nothing to measure; set generate=true")
+    sizes = [len(pair) for pair in held.pairs] + [len(sample) for sample in held.answers]
+    plan([max(sizes, default=0)], config.batch.max_tokens)  # refuses what would not fit later
+    return held
+
+
+@contextmanager
+def open_score(config: EvaluateConfig, opened: Opened) -> Iterator[Scores | None]:
+    """The scores of the answers, if the config asks for any."""
+    if config.reward is None:
+        yield None
+        return
+    scorer, own = reward_model(config.reward, config.model, config.run.seed) if config.reward.model else (None, None)
+    with open_reward(config.reward, opened, scorer, own, config.run.output, config.batch.max_tokens) as score:
+        yield score
 
 
 def file_use(config: EvaluateConfig) -> str:
@@ -59,25 +104,24 @@ def file_use(config: EvaluateConfig) -> str:
     return use
 
 
-def pair_values(config: EvaluateConfig, opened: Opened, world: World) -> dict[str, float]:
+def pair_values(config: EvaluateConfig, opened: Opened, pairs: list[Pair], world: World) -> dict[str, float]:
     """Ranking loss, accuracy and margin of a reward model."""
-    pairs = preference_pairs(config.data, opened.folder.family, opened.text(), config.run.seed).held_out
     scorer = make_scorer(opened.decoder, opened.role, opened.score)
     task = Task(pairs, pairs, pack_pairs, ranking_objective(scorer, RankingConfig()), count_pairs)
     return held_out_values(task, scorer, config.batch.max_tokens, world)
 
 
-def answer_values(config: EvaluateConfig, opened: Opened, world: World) -> dict[str, float]:
+def answer_values(config: EvaluateConfig, opened: Opened, samples: list[Sample], world: World) -> dict[str, float]:
     """Mean negative log-likelihood per trained token of the files' own answers (of pairs, the chosen ones)."""
-    samples = sft_samples(config.data, opened.folder.family, opened.text(), config.run.seed).held_out
     model = language_model_of(opened)
     task = Task(samples, samples, pack, sft_objective(model), count_tokens)
     return held_out_values(task, model, config.batch.max_tokens, world)
 
 
-def spoken_values(config: EvaluateConfig, opened: Opened, run: Run) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def spoken_values(
+    config: EvaluateConfig, opened: Opened, prompts: list[TokenPrompt], score: Scores | None
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The model's own answers to the files' prompts: length, share that stopped, and their mean score if a reward is given."""
-    prompts = prompt_tokens(config.data, opened.folder.family, opened.text(), config.sampling.max_new_tokens, config.run.seed).held_out
     seeds = [key(config.run.seed, "evaluate", i) for i in range(len(prompts))]
     rollouts = answer(language_model_of(opened), opened, [p.tokens for p in prompts], config.sampling, seeds)
     count = len(rollouts)
@@ -86,10 +130,8 @@ def spoken_values(config: EvaluateConfig, opened: Opened, run: Run) -> tuple[dic
         "stopped": sum(r.finish == "stop" for r in rollouts) / count,
     }
     scores: list[float | None] = [None] * count
-    if config.reward is not None:
-        scorer, own = reward_model(config.reward, config.model, config.run.seed) if config.reward.model else (None, None)
-        with open_reward(config.reward, opened, scorer, own, run.folder, config.batch.max_tokens) as score:
-            found = score(rollouts, prompts)
+    if score is not None:
+        found = score(rollouts, prompts)
         values["score"] = sum(found) / count
         scores = list(found)
     return values, [sample_line(p, r, s) for p, r, s in zip(prompts, rollouts, scores, strict=True)]

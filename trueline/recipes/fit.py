@@ -20,7 +20,7 @@ from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.errors import UserError
 from trueline.parallel.world import World, start
-from trueline.recipes.assemble import Opened, files_fingerprint, publish
+from trueline.recipes.assemble import Opened, publish
 from trueline.recipes.report import run_report
 from trueline.train import checkpoint
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
@@ -73,21 +73,22 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
     """Trains `stage.parameters` of `module`; `build` makes the task once the run folder is held (DPO stores its reference there)."""
     config, count = stage.config, len(stage.items)
     total = total_steps(count, config.batch.sequences, config.run.steps, config.run.epochs)
+    plan([max(len(item) for item in (*stage.items, *stage.held_out))], config.batch.max_tokens)  # refuses what would not fit later
     if dry_run:
         show_plan(config, derived(stage, total))
         return
     world = start(config.mesh)
     optimizer = make_optimizer(stage.parameters, config.optimizer)
     order = {"seed": config.run.seed, "batch.sequences": config.batch.sequences, "data": items_fingerprint(stage.items)}
+    order |= {"model": stage.opened.fingerprint}
     with Run(stage.name, config.run, to_yaml(config), world) as run:
         task = build(run.folder)  # before resuming: here the model still is as it was before training
         done = resume(run, order, {"model": stage.parameters}, {"model": optimizer})
-        run.begin(done, total, {str(stage.opened.path): files_fingerprint(stage.opened.path) or "random"})
+        if run.finished(done, total):
+            return
+        run.begin(done, total, {str(stage.opened.path): stage.opened.fingerprint})
         for note in stage.notes:
             run.say(note)
-        if done >= total and (run.folder / "model").is_dir():
-            run.say(f"this run is finished already ({done} of {total} steps); its model is in {run.folder / 'model'}")
-            return
         limit = None if config.run.epochs is None else total_samples(count, config.run.epochs)
         module.train()
         for step in range(done + 1, total + 1):

@@ -5,9 +5,11 @@ Left out: a server, streaming of single tokens.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +21,7 @@ from trueline.data.reader import Problems, Record, read_records
 from trueline.data.stream import key
 from trueline.errors import UserError
 from trueline.model.heads import LanguageModel
-from trueline.recipes.assemble import Opened, open_model
+from trueline.recipes.assemble import Opened, open_model, speaking
 from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Rollout, Sampling
 
@@ -30,15 +32,30 @@ def run(model: str, prompts: str, out: str, settings: GenerateConfig) -> None:
     language_model = language_model_of(opened)
     given = [item for item in read_prompts(prompts, opened) for _ in range(settings.n)]
     seeds = [key(settings.seed, "generate", i) for i in range(len(given))]
-    rollouts = answer(language_model, opened, [tokens for _, tokens in given], settings, seeds)
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with _written_whole(Path(out)) as file:  # before the work: a place that cannot be written is told at once
+        rollouts = answer(language_model, opened, [tokens for _, tokens in given], settings, seeds)
         for (prompt, _), rollout in zip(given, rollouts, strict=True):
             file.write(json.dumps(line_of(prompt, rollout), ensure_ascii=False) + "\n")
-    os.replace(temporary, target)
-    Console(stderr=True).print(f"{len(rollouts)} answers in {escape(str(target))}")
+    Console(stderr=True).print(f"{len(rollouts)} answers in {escape(out)}")
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[TextIO]:
+    """A file that replaces `target` once all is written, and leaves nothing when something goes wrong."""
+    if target.is_dir():
+        raise UserError(f"--out {target} is a folder; name a file")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = temporary.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--out {target} cannot be written: {error.strerror}; name another place") from error
+    try:
+        with file:
+            yield file
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_prompts(path: str, opened: Opened) -> list[tuple[Any, list[int]]]:
@@ -100,9 +117,7 @@ def sampling_of(config: SamplingConfig, opened: Opened) -> Sampling:
 
 def language_model_of(opened: Opened) -> LanguageModel:
     """The opened model as it speaks: with the adapter it came with."""
-    if opened.score is not None:
-        raise UserError(f"{opened.path} is a reward model: it scores answers and cannot write them; give the policy instead")
-    return LanguageModel(opened.decoder, opened.role).requires_grad_(False).eval()
+    return LanguageModel(speaking(opened).decoder, opened.role).requires_grad_(False).eval()
 
 
 def chat(model: str, settings: GenerateConfig) -> None:

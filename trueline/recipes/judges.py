@@ -63,10 +63,15 @@ def open_reward(
             score_samples(scorer, [render(r, p) for r, p in zip(rollouts, prompts, strict=True)], max_tokens)
         )
         return
-    with Judge(str(config.function), config.timeout, folder / "reward.log") as judge:
-        yield lambda rollouts, prompts: finish(
-            judge.score([r.text or "" for r in rollouts], [asked_of(p) for p in prompts], [p.prompt.record for p in prompts])
-        )
+    printed = folder / "reward.log"
+    try:
+        with Judge(str(config.function), config.timeout, printed) as judge:
+            yield lambda rollouts, prompts: finish(
+                judge.score([r.text or "" for r in rollouts], [asked_of(p) for p in prompts], [p.prompt.record for p in prompts])
+            )
+    finally:
+        if printed.is_file() and not printed.stat().st_size:
+            printed.unlink()
 
 
 def sample_line(prompt: TokenPrompt, rollout: Rollout, score: float | None) -> dict[str, Any]:

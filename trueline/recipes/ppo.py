@@ -27,7 +27,7 @@ from trueline.recipes.generate import sampling_of
 from trueline.recipes.judges import Scores, open_reward, sample_line
 from trueline.recipes.prepare import TokenPrompt, prompt_tokens, ptx_samples
 from trueline.recipes.report import run_report
-from trueline.recipes.roles import Roles, open_roles
+from trueline.recipes.roles import Roles, open_roles, parents
 from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Rollout
 from trueline.train.experience import Experience, ExperienceBatch, appraise, pack_experience
@@ -51,8 +51,10 @@ class Learning:
 
     kl_coefficient: float
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.kl_coefficient = float(state["kl_coefficient"])
+    def restore(self, ppo: PpoConfig, state: Mapping[str, Any]) -> None:
+        """A coefficient that does not adapt is the config's."""
+        if ppo.kl_target is not None:
+            self.kl_coefficient = float(state["kl_coefficient"])
 
     def adapt(self, ppo: PpoConfig, drift: float, answers: int) -> None:
         """`drift`: KL to the reference, in nats per answer."""
@@ -171,6 +173,8 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     prompts = prompt_tokens(config.data, family, tokenizer, config.sampling.max_new_tokens, config.run.seed)
     ptx = ptx_samples(config.data, family, tokenizer, config.run.seed)
     total = total_steps(len(prompts.train), config.rollout.prompts, config.run.steps, config.run.epochs)
+    longest = max(len(p.tokens) for p in (*prompts.train, *prompts.held_out)) + config.sampling.max_new_tokens
+    plan([longest, *(len(sample) for sample in ptx.train)], config.batch.max_tokens)  # refuses what would not fit later
     if dry_run:
         show_plan(config, derived(config, roles, prompts.train, total))
         return
@@ -180,20 +184,20 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     }
     trained = {"policy": roles.policy_parameters, "critic": roles.critic_parameters}
     learning = Learning(config.ppo.kl_coefficient)
-    order: dict[str, Any] = {"seed": config.run.seed, "rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
+    order: dict[str, Any] = {"seed": config.run.seed, "model": roles.policy.fingerprint}
+    order |= {"rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
     order |= {"data": items_fingerprint(Sample(p.tokens, [False] * len(p.tokens)) for p in prompts.train)}
     source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, config.batch.max_tokens)
     with Run("ppo", config.run, to_yaml(config), world) as run, open_reward(*source) as score:
-        done = resume(run, order, trained, optimizers, learning.restore)
-        run.begin(done, total, roles.parents())
-        for note in prompts.notes:
-            run.say(note)
-        if done >= total and (run.folder / "model").is_dir():
-            run.say(f"this run is finished already ({done} of {total} iterations); its model is in {run.folder / 'model'}")
+        done = resume(run, order, trained, optimizers, lambda state: learning.restore(config.ppo, state))
+        if run.finished(done, total):
             return
+        run.begin(done, total, parents(config, roles.policy))
+        for note in (*prompts.notes, *(f"data.ptx: {note}" for note in ptx.notes)):
+            run.say(note)
         actors = Actors(config, roles, optimizers, score, world)
         for step in range(done + 1, total + 1):
-            values, lines = iterate(actors, learning, prompts.train, ptx, step, total)
+            values, lines = iterate(actors, learning, prompts.train, ptx.train, step, total)
             run.log(step, values)
             run.samples(step, lines)
             stopping = run.stopping
@@ -247,14 +251,14 @@ def replay(actors: Actors, experience: Sequence[Experience], ptx: Sequence[Sampl
     config = actors.config
     ppo, seed = config.ppo, config.run.seed
     per_step = ppo.epochs * ppo.minibatches
-    size = -(-len(experience) // ppo.minibatches)
     seen: list[dict[str, float]] = []
     for number in range(per_step):
         epoch, part = divmod(number, ppo.minibatches)
         order = step_indices(key(seed, "replay", step), epoch, len(experience), len(experience))
-        chosen = [experience[i] for i in order[part * size : (part + 1) * size]]
-        if not chosen:
+        first, last = (len(order) * n // ppo.minibatches for n in (part, part + 1))
+        if first == last:  # the last iteration may have fewer answers than minibatches
             continue
+        chosen = [experience[i] for i in order[first:last]]
         update = (step - 1) * per_step + number
         mixed = step_indices(key(seed, "ptx"), update, len(ptx), len(chosen)) if ptx else []
         values = actors.update(chosen, [ptx[i] for i in mixed], step, update, total * per_step)

@@ -77,12 +77,12 @@ def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_ne
     return _prepare(data, seed, lambda paths: load_prompts(paths, data.format), render, no_cut, room, lambda p: len(p.tokens))
 
 
-def ptx_samples(data: PpoDataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> list[Sample]:
+def ptx_samples(data: PpoDataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> Prepared[Sample]:
     """The supervised samples of PPO's pretraining-loss mix."""
     if not data.ptx:
-        return []
+        return Prepared([], [], [])
     plain = DataConfig(train=data.ptx, max_length=data.max_length, overlength=data.overlength)
-    return sft_samples(plain, family, tokenizer, seed).train
+    return sft_samples(plain, family, tokenizer, seed)
 
 
 def _prepare(
@@ -108,8 +108,9 @@ def _prepare(
         train = [item for i, item in enumerate(train) if i not in chosen]
     if data.limit is not None:
         train = train[: data.limit]
-    if data.train and not train:
-        raise UserError(f"nothing left to train on in {', '.join(data.train)}: " + ("; ".join(notes) or "the files hold no records"))
+    for files, kept, purpose in ((data.train, train, "train on"), (data.eval, held_out, "evaluate on")):
+        if files and not kept:
+            raise UserError(f"nothing is left to {purpose} in {', '.join(files)}: {'; '.join(notes)}")
     return Prepared(train, held_out, notes)
 
 
@@ -124,9 +125,14 @@ def _render_all(
 ) -> list[T]:
     kept: list[T] = []
     problems: list[str] = []
+    strange: list[str] = []
     dropped = truncated = 0
     for item in located:
-        rendered = render(item.value)
+        try:
+            rendered = render(item.value)
+        except UserError as error:
+            strange.append(f"{item.where}: {error}")
+            continue
         if length(rendered) <= room:
             kept.append(rendered)
         elif data.overlength == "error":
@@ -136,6 +142,8 @@ def _render_all(
             truncated += 1
         else:
             dropped += 1
+    if strange:
+        raise UserError(f"{len(strange)} of {len(located)} records cannot be rendered for this model:", strange[:50])
     if problems:
         advice = "raise data.max_length, or set data.overlength to drop or truncate"
         raise UserError(f"{len(problems)} of {len(located)} records are longer than data.max_length allows; {advice}:", problems[:50])

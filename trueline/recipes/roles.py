@@ -14,10 +14,11 @@ from trueline.config.schema import PpoStageConfig
 from trueline.errors import UserError
 from trueline.families.folder import resolve
 from trueline.families.peft import Base, adapter_base, adapter_score, is_adapter, load_adapter
-from trueline.model.adapters import adapter_parameters, copy_adapter, merge_adapter, remove_adapter
+from trueline.model.adapters import adapter_parameters, copy_adapter, has_adapter, merge_adapter, remove_adapter
 from trueline.model.decoder import Decoder
 from trueline.model.heads import LanguageModel, Scorer
-from trueline.recipes.assemble import FOUND, Opened, files_fingerprint, forget_found, make_scorer, open_model, train_role
+from trueline.recipes.assemble import FOUND, Opened, files_fingerprint, forget_found, make_scorer, open_model, speaking, train_role
+from trueline.recipes.generate import language_model_of
 from trueline.recipes.judges import frozen_config, needed_score, reward_model
 
 
@@ -40,16 +41,17 @@ class Roles:
         decoders = [self.model.decoder, self.reference.decoder, self.critic.decoder, *([self.reward.decoder] if self.reward else [])]
         return len({id(decoder) for decoder in decoders})
 
-    def parents(self) -> dict[str, str]:
-        """What the run starts from: path -> fingerprint."""
-        found = [self.policy, *([self.reward_opened] if self.reward_opened else [])]
-        return {str(opened.path): files_fingerprint(opened.path) or "random" for opened in found}
+
+def parents(config: PpoStageConfig, policy: Opened) -> dict[str, str]:
+    """What the run starts from: path -> fingerprint."""
+    others = [resolve(path) for path in (config.reward.model, config.critic.path, config.reference.path) if path is not None]
+    return {str(policy.path): policy.fingerprint} | {str(path): files_fingerprint(path) or "random" for path in others}
 
 
 def open_roles(config: PpoStageConfig) -> Roles:
     """Opens every model the config names, shares what can be shared, and freezes all but the policy and the critic."""
     seed, wanted = config.run.seed, config.model.adapter
-    policy = open_model(config.model, seed)
+    policy = speaking(open_model(config.model, seed))
     role, parameters = train_role(policy, wanted, "policy", seed)
     model = LanguageModel(policy.decoder, role)
     reference = _reference(config, policy, role)
@@ -73,8 +75,7 @@ def _reference(config: PpoStageConfig, policy: Opened, role: str | None) -> Lang
     if kind == "adapters_off" and role is None:
         raise UserError("reference.kind: adapters_off needs model.adapter.kind lora or ptuning; full has no adapter to switch off")
     if kind == "frozen" and path is not None:
-        other = open_model(frozen_config(config.model, path), config.run.seed)
-        return LanguageModel(other.decoder, other.role).requires_grad_(False)
+        return language_model_of(open_model(frozen_config(config.model, path), config.run.seed))
     if role is None:
         return LanguageModel(copy.deepcopy(policy.decoder)).requires_grad_(False)
     if kind == "adapters_off" or (policy.adapter is None and role not in policy.decoder.prefixes):
@@ -85,18 +86,19 @@ def _reference(config: PpoStageConfig, policy: Opened, role: str | None) -> Lang
 
 def _critic(config: PpoStageConfig, policy: Opened) -> tuple[Scorer, dict[str, nn.Parameter]]:
     wanted = config.critic.adapter or config.model.adapter
+    section = "critic.adapter" if config.critic.adapter else "model.adapter"
     if config.critic.path is not None:
         settings = frozen_config(config.model, config.critic.path).model_copy(update={"recompute": config.model.recompute})
         own = open_model(settings, config.run.seed, with_head=False)
-        role, parameters = train_role(own, wanted, "critic", config.run.seed)
+        role, parameters = train_role(own, wanted, "critic", config.run.seed, section)
         forget_found(own)
         scorer = make_scorer(own.decoder, role, own.score)
     elif wanted.kind == "full" or config.model.adapter.kind == "full":
         trunk = _copied_trunk(policy)
-        role, parameters = train_role(_with_decoder(policy, trunk), wanted, "critic", config.run.seed)
+        role, parameters = train_role(_with_decoder(policy, trunk), wanted, "critic", config.run.seed, section)
         scorer = make_scorer(trunk, role, None)
     else:
-        role, parameters = train_role(policy, wanted, "critic", config.run.seed)
+        role, parameters = train_role(policy, wanted, "critic", config.run.seed, section)
         scorer = make_scorer(policy.decoder, role, None)
     parameters["score.weight"] = scorer.score.get_parameter("weight")
     return scorer, parameters
@@ -108,7 +110,7 @@ def _copied_trunk(policy: Opened) -> Decoder:
     trunk.head = None
     for role in ("policy", "reference"):
         remove_adapter(trunk, role)
-    if policy.adapter is not None and policy.adapter.kind == "lora":
+    if policy.adapter is not None and policy.adapter.kind == "lora" and has_adapter(trunk, FOUND):  # a full policy has merged it already
         merge_adapter(trunk, FOUND)
     remove_adapter(trunk, FOUND)
     return trunk

@@ -31,6 +31,7 @@ from trueline.train import checkpoint
 from trueline.train.step import NonFinite
 
 LOCK, CONFIG, STATUS, METRICS, SAMPLES = ".lock", "config.yaml", "run.json", "metrics.jsonl", "samples.jsonl"
+OURS = (CONFIG, METRICS, SAMPLES, "model", "checkpoints")  # in a folder without run.json, somebody else's
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers")
 
@@ -92,6 +93,7 @@ class Run:
         self.console = console or Console(soft_wrap=True)
         self.step = self.total = 0
         self._signal = 0
+        self._before: dict[str, Any] = {}  # what run.json said when this run was opened
         self._status: dict[str, Any] = {}
         self._handlers: dict[int, Any] = {}
         self._closing = contextlib.ExitStack()
@@ -101,11 +103,29 @@ class Run:
         self._started = 0.0
 
     def __enter__(self) -> Self:
+        self._before = read_status(self.folder)
+        self._refuse_what_is_not_ours()
         if self.world.first:
             self._closing.enter_context(lock(self.folder))
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
         return self
+
+    def _refuse_what_is_not_ours(self) -> None:
+        stage = self._before.get("stage")
+        if stage is not None and stage != self.stage:
+            raise UserError(f"run.output: {self.folder} holds another stage's run ({stage}); choose another folder")
+        strange = [name for name in OURS if (self.folder / name).exists()]
+        if stage is None and strange:
+            raise UserError(f"run.output: {self.folder} has a {strange[0]} that no run left there; choose another folder")
+
+    def finished(self, step: int, total: int) -> bool:
+        """Whether an earlier start of this run came to its end at `step`, which is as far as it is to go; if so, says so."""
+        ended = (self._before.get("status"), self._before.get("step")) == ("finished", step)
+        if step < total or not ended or not (self.folder / "model").is_dir():
+            return False
+        self.say(f"this run is finished already, after {step} of {total} steps; its model is in {self.folder / 'model'}")
+        return True
 
     def begin(self, step: int, total: int, parents: Mapping[str, str] | None = None) -> None:
         """The run goes on after `step` (0: from the start) of `total`; `parents`: what it was made from -> fingerprint."""
@@ -115,11 +135,11 @@ class Run:
         with _writing(self.folder):
             if self.config.tracker == "tensorboard":
                 self._tracker = TensorBoard(self.folder / "tensorboard", step)
+            self._status = self._describe(parents or {})
+            self._write_status("running")
             write_whole(self.folder / CONFIG, self.text)
             for name in (METRICS, SAMPLES):
                 cut_log(self.folder / name, step)
-            self._status = self._describe(parents or {})
-            self._write_status("running")
         self.say(f"{self.stage}: {total} steps, {self.folder}" if not step else f"{self.stage}: from step {step} of {total}, {self.folder}")
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
@@ -275,6 +295,15 @@ def lock(folder: Path) -> Iterator[None]:
             (folder / LOCK).unlink()
             folder.rmdir()
         os.close(handle)
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """run.json, {} where there is none that can be read."""
+    try:
+        found = json.loads((folder / STATUS).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_whole(path: Path, text: str) -> None:
