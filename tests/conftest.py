@@ -1,8 +1,12 @@
-"""Where the shared reference material lies, when it is there at all."""
+"""Where the shared reference material lies, when it is there at all; tiny models, and the command line to run them with."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.recipes.commands import Commands
+from tests.recipes.toys import Toys, make_toys
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -13,3 +17,17 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("the shared reference material (../shared) is not here")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    """A tiny model of each family, data files, and a configuration for every stage."""
+    return make_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture(scope="session")
+def trueline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """The command line: `trueline("sft", "config.yaml").ok()`."""
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()

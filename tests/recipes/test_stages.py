@@ -1,0 +1,150 @@
+"""Every stage with every kind of adapter on every family: the folder a run leaves, and that its model is the one that was trained."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import trueline as api
+from tests.recipes.commands import Commands
+from tests.recipes.reading import PROBES, metrics, status, trained
+from tests.recipes.toys import FAMILIES, KINDS, STAGES, Toys
+from trueline.config.load import load_config
+from trueline.config.schema import STAGES as SCHEMAS
+from trueline.train import checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+COMMON = {"step", "split", "loss", "tokens", "tokens_per_second", "lr", "grad_norm"}
+PREFERENCE = COMMON | {"accuracy", "margin"}
+NAMES = {
+    "sft": COMMON,
+    "reward": PREFERENCE,
+    "dpo": PREFERENCE | {"chosen_reward", "rejected_reward"},
+    "ppo": COMMON | {"score", "kl", "policy_loss", "value_loss", "clip_fraction", "entropy", "explained_variance", "response_length"}
+    | {"generate_seconds", "appraise_seconds", "train_seconds", "logprob_gap_max", "kl_coefficient", "updates"},
+}  # fmt: skip
+Finished = Callable[[str, str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def finished(toys: Toys, trueline: Commands, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A finished run of two steps, made at most once."""
+    home, made = tmp_path_factory.mktemp("runs"), {}
+
+    def run(stage: str, family: str, kind: str) -> Path:
+        folder = home / f"{stage}-{family}-{kind}"
+        if folder not in made:
+            made[folder] = trueline(stage, toys.config(stage), f"model.path={toys.model(family)}", f"run.output={folder}", *KINDS[kind]).ok()
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_leaves_its_folder_and_its_model(finished: Finished, toys: Toys, stage: str, family: str, kind: str) -> None:
+    folder = finished(stage, family, kind)
+    names = {"config.yaml", "run.json", "metrics.jsonl", "checkpoints", "model", "report.html"}
+    assert names <= {p.name for p in folder.iterdir()}
+    logged = metrics(folder)
+    assert [line["step"] for line in logged] == [1, 2] and all(NAMES[stage] <= line.keys() for line in logged)
+    assert all(isinstance(value, (int, float, str)) and not (isinstance(value, float) and math.isnan(value)) for value in logged[0].values())
+    at_the_start(stage, logged[0])
+    found = status(folder)
+    assert found["status"] == "finished" and found["step"] == found["total"] == 2 and len(found["parents"][str(toys.model(family))]) == 64
+    assert checkpoint.steps(folder) == [1, 2] and not any(checkpoint.damage(p) for p in (folder / "checkpoints").iterdir())
+    assert load_config(SCHEMAS[stage], [folder / "config.yaml"]).run.output == folder
+    page = (folder / "report.html").read_text("utf-8")
+    assert page.startswith("<!doctype html>") and "<script" not in page
+
+    expected, loaded = trained(folder, stage), api.load(str(folder / "model"))
+    before = api.load(str(toys.model(family)))
+    if stage == "reward":
+        ours = torch.tensor(loaded.score(PROBES))
+        assert ours.abs().max() > 1e-3  # it was zero
+    else:
+        ours = torch.cat(loaded.logprobs(PROBES))
+        assert (ours - torch.cat(before.logprobs(PROBES))).abs().max() > 1e-3
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0 if kind == "full" else 1e-5)
+    wide = api.load(str(folder / "model"), dtype="float64")
+    ours = torch.tensor(wide.score(PROBES), dtype=torch.float64) if stage == "reward" else torch.cat(wide.logprobs(PROBES))
+    torch.testing.assert_close(ours, theirs(folder / "model", toys.model(family), stage, kind), rtol=0, atol=1e-5)
+
+
+def at_the_start(stage: str, line: dict[str, Any]) -> None:
+    """What the first step must say whatever the model."""
+    if stage == "reward":
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-6) and line["accuracy"] == 0.5  # every score is zero
+    if stage == "dpo":
+        assert line["loss"] == pytest.approx(math.log(2), abs=1e-6) and abs(line["chosen_reward"]) < 1e-5
+    if stage == "ppo":
+        assert line["kl"] == 0 and line["logprob_gap_max"] < 1e-4 and line["updates"] == 4 and line["value"] == 0
+
+
+@torch.no_grad()
+def theirs(folder: Path, base: Path, stage: str, kind: str) -> Tensor:
+    """The probes' log-probabilities (a reward model: scores) by transformers, and by PEFT on its base, in float64."""
+    auto: Any = AutoModelForSequenceClassification if stage == "reward" else AutoModelForCausalLM
+    labels = {"num_labels": 1} if stage == "reward" and kind != "full" else {}
+    model = auto.from_pretrained(folder if kind == "full" else base, dtype=torch.float64, **labels)
+    if kind != "full":
+        model = PeftModel.from_pretrained(model, folder).double()
+    parts = []
+    for tokens in PROBES:
+        logits = model.eval()(input_ids=torch.tensor([tokens]), attention_mask=torch.ones(1, len(tokens), dtype=torch.int64)).logits[0]
+        if stage == "reward":
+            parts.append(logits)
+        else:
+            later = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+            parts.append(torch.cat((logits.new_zeros(1), later)))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize(
+    ("stage", "family", "kind"), [("sft", "glm", "lora"), ("reward", "qwen2", "full"), ("dpo", "llama", "ptuning"), ("ppo", "qwen2", "lora")]
+)
+def test_the_resolved_configuration_repeats_the_run(
+    finished: Finished, trueline: Commands, tmp_path: Path, stage: str, family: str, kind: str
+) -> None:
+    first, again = finished(stage, family, kind), tmp_path / "again"
+    trueline(stage, first / "config.yaml", f"run.output={again}").ok()
+    times = {"seconds", "tokens_per_second", "generate_seconds", "appraise_seconds", "train_seconds"}
+    plain = [[{k: v for k, v in line.items() if k not in times} for line in metrics(folder)] for folder in (first, again)]
+    assert plain[0] == plain[1]
+    weights = [p.relative_to(first) for p in first.rglob("*.safetensors")]
+    assert len(weights) >= 5 and all((first / p).read_bytes() == (again / p).read_bytes() for p in weights)
+    if stage == "ppo":
+        assert (first / "samples.jsonl").read_bytes() == (again / "samples.jsonl").read_bytes()
+
+
+def test_random_weights_train_and_publish_their_base(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    """An adapter on weights that were drawn is of use to nobody without them."""
+    folder = tmp_path / "run"
+    trueline("sft", toys.config("sft"), "model.init=random", f"run.output={folder}", *KINDS["lora"]).ok()
+    assert status(folder)["parents"][str(toys.model())].startswith("random, seed ")
+    torch.testing.assert_close(torch.cat(api.load(str(folder / "model")).logprobs(PROBES)), trained(folder, "sft"), rtol=0, atol=1e-5)
+    assert (folder / "base" / "model.safetensors").read_bytes() != (toys.model() / "model.safetensors").read_bytes()
+
+
+def test_dry_run_prints_the_configuration_and_what_follows(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    for stage in STAGES:
+        printed = trueline(stage, toys.config(stage), f"run.output={tmp_path / 'run'}", "--dry-run", *KINDS["lora"]).ok().out
+        (tmp_path / "printed.yaml").write_text(printed)
+        config = load_config(SCHEMAS[stage], [tmp_path / "printed.yaml"])
+        assert config.model.adapter.rank == 4 and not (tmp_path / "run").exists()  # type: ignore[attr-defined]
+        facts = dict(line[2:].split(": ", 1) for line in printed.splitlines() if line.startswith("# "))
+        if stage == "ppo":
+            assert facts["iterations"] == "2" and facts["answers in all"] == "16" and facts["updates, at most"] == "8"
+            assert facts["trunks in memory"] == "1"
+        else:
+            assert facts["records"] == {"sft": "24"}.get(stage, "20") and facts["steps"] == "2"
+            rank_4 = 2 * 4 * ((32 + 32) + (32 + 16) + (32 + 48) + (48 + 32))  # q, v, gate, down of two layers
+            assert facts["parameters trained"] == f"{rank_4 + (32 if stage == 'reward' else 0):,}"
