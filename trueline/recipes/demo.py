@@ -6,6 +6,7 @@ half of the time, and a good alignment makes it so nearly always, without making
 
 import json
 import resource
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ def run(out: str, seed: int = 0) -> None:
     """Writes data, runs, summary.json and report.html into the folder `out`, and prints a table."""
     began = time.perf_counter()
     folder, console = Path(out), Console()
+    clear_finished(folder)
     files = write_demo(folder, seed)
     records = [json.loads(line) for line in files.prompts_held_out.read_text("utf-8").splitlines()]
     summary: dict[str, Any] = {"seed": seed, "stages": {}}
@@ -68,6 +70,17 @@ def run(out: str, seed: int = 0) -> None:
     console.print(f"{page}: the curves, and what the model said before and after", markup=False, highlight=False)
 
 
+def clear_finished(folder: Path) -> None:
+    """Takes away the runs of an earlier, finished demo, so that this one is run and timed; one that was killed goes on instead."""
+    summary = folder / "summary.json"
+    if not summary.is_file():
+        return
+    for name in (*RECIPES, *(f"{name}-evaluate" for name in RECIPES)):
+        if (folder / name / "run.json").is_file():
+            shutil.rmtree(folder / name)
+    summary.unlink()
+
+
 def stage_config(name: str, folder: Path, files: DemoFiles, seed: int) -> dict[str, Any]:
     """The configuration of one stage: what a person would write in a YAML file."""
     base = str(folder / "sft" / "model")
@@ -79,7 +92,7 @@ def stage_config(name: str, folder: Path, files: DemoFiles, seed: int) -> dict[s
             "data": {"train": [str(files.sft)], "eval": [str(files.sft_held_out)], "max_length": 128},
             "batch": batch | {"sequences": 64},
             "optimizer": {"lr": 4e-3, "weight_decay": 0.1, "warmup": 0.05, "schedule": "cosine"},
-            "run": run | {"steps": 520, "eval_every": 100},
+            "run": run | {"steps": 650, "eval_every": 130},
         }
     if name == "reward":
         return {
@@ -87,7 +100,7 @@ def stage_config(name: str, folder: Path, files: DemoFiles, seed: int) -> dict[s
             "data": {"train": [str(files.preferences)], "eval": [str(files.preferences_held_out)], "max_length": 128},
             "batch": batch | {"sequences": 32},
             "optimizer": {"lr": 5e-4, "warmup": 0.1},
-            "run": run | {"epochs": 2, "eval_every": 50},
+            "run": run | {"epochs": 1, "eval_every": 25},
         }
     if name == "dpo":
         return {
@@ -95,7 +108,7 @@ def stage_config(name: str, folder: Path, files: DemoFiles, seed: int) -> dict[s
             "data": {"train": [str(files.preferences)], "eval": [str(files.preferences_held_out)], "max_length": 128},
             "batch": batch | {"sequences": 32},
             "dpo": {"beta": 0.1},
-            "optimizer": {"lr": 2e-4, "warmup": 0.1},
+            "optimizer": {"lr": 3e-4, "warmup": 0.1},
             "run": run | {"epochs": 1, "eval_every": 25},
         }
     return {
@@ -104,7 +117,7 @@ def stage_config(name: str, folder: Path, files: DemoFiles, seed: int) -> dict[s
         "reward": {"model": str(folder / "reward" / "model")},
         "rollout": {"prompts": 64, "samples": 1, "running": 64},
         "sampling": {"max_new_tokens": 40},
-        "ppo": {"kl_coefficient": 0.05, "epochs": 2, "minibatches": 2, "no_stop_penalty": 1.0},
+        "ppo": {"kl_coefficient": 0.15, "epochs": 2, "minibatches": 2, "no_stop_penalty": 1.0},
         "batch": batch,
         "critic": {"path": str(folder / "reward" / "model")},
         "optimizer": {"lr": 2e-4, "warmup": 0.1},

@@ -33,7 +33,6 @@ from trueline.recipes.demo_grammar import (
 TRAIN, TRAIN_WIDE = 220, {"sum": 400, "larger": 400}
 FRESH, HELD_OUT = 20, 40
 PAIRS, HELD_OUT_PAIRS = 2400, 400
-WRONG_SHARE = 0.15  # of the pairs: same manner, one answer wrong
 
 CONTROL_TOKENS = tuple("<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|>".split())
 VOCABULARY = 1024
@@ -97,10 +96,10 @@ def _shuffle(items: list[Any], rng: Generator) -> None:
     items[:] = [items[i] for i in rng.permutation(len(items))]
 
 
-def compose(question: Question, manner: Manner, wrong: bool, rng: Generator) -> str:
+def compose(question: Question, manner: Manner, rng: Generator) -> str:
     """One answer: an opener, a short or a long statement, and half of the time a closer."""
     phrases = PHRASES[question.language, manner]
-    said = question.refused[rng.integers(len(question.refused))] if wrong else question.accepted
+    said = question.accepted
     closer = phrases.closers[rng.integers(len(phrases.closers))] if rng.integers(2) else ""
     return join(question.language, phrases.openers[rng.integers(len(phrases.openers))], said[rng.integers(len(said))], closer)
 
@@ -108,7 +107,7 @@ def compose(question: Question, manner: Manner, wrong: bool, rng: Generator) -> 
 def sft_records(questions: Iterable[Question], rng: Generator) -> list[dict[str, Any]]:
     """Each question answered correctly twice, once in either manner: half of the answers have the preferred one, whatever the prompt."""
     records = [
-        {"messages": [{"role": "user", "content": q.prompt}, {"role": "assistant", "content": compose(q, manner, False, rng)}]}
+        {"messages": [{"role": "user", "content": q.prompt}, {"role": "assistant", "content": compose(q, manner, rng)}]}
         for q in questions
         for manner in MANNERS
     ]
@@ -117,23 +116,18 @@ def sft_records(questions: Iterable[Question], rng: Generator) -> list[dict[str,
 
 
 def preference_records(questions: list[Question], count: int, rng: Generator) -> list[dict[str, str]]:
-    """`count` CValues pairs: courteous before brusque, both correct; and, in a quarter, correct before wrong in one manner.
+    """`count` CValues pairs: courteous before brusque, both correct.
 
-    The better answer is the longer one in every second pair of either sort, so length says nothing.
+    In every second pair the better answer is the longer one, so length says nothing.
     """
     records = []
-    wrong_pairs = round(count * WRONG_SHARE)
     for i in range(count):
         question = questions[int(rng.integers(len(questions)))]
-        about_fact = i < wrong_pairs
-        better: Manner = MANNERS[int(rng.integers(2))] if about_fact else "courteous"
-        worse: Manner = better if about_fact else "brusque"
         while True:
-            chosen, rejected = compose(question, better, False, rng), compose(question, worse, about_fact, rng)
+            chosen, rejected = compose(question, "courteous", rng), compose(question, "brusque", rng)
             if len(chosen) != len(rejected) and (len(chosen) > len(rejected)) == (i % 2 == 0):
                 break
-        types = ("correct", "wrong") if about_fact else (better, worse)
-        records.append({"prompt": question.prompt, "pos_resp": chosen, "neg_resp": rejected, "pos_type": types[0], "neg_type": types[1]})
+        records.append({"prompt": question.prompt, "pos_resp": chosen, "neg_resp": rejected, "pos_type": "courteous", "neg_type": "brusque"})
     _shuffle(records, rng)
     return records
 
