@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from trueline.errors import RunError
+from trueline.model.decoder import Prefix
 from trueline.model.heads import LanguageModel, accumulation_dtype
 from trueline.rollout.memory import Decode, Memory, Mixed, Prefill
-from trueline.rollout.sampling import Rollout, Sampling, log_probabilities, sample, seed_tensor, uniforms
+from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
 
 PROMPT_TOKENS = 8192  # prompt tokens in one forward, unless a single prompt is longer: bounds the activations
 
@@ -57,7 +58,7 @@ class Work:
 
 
 class Running:
-    """The requests being answered, in rows 0 .. `len` - 1 without gaps. Numbers lie on the model's device, what scheduling needs on the host."""
+    """The requests being answered, in rows 0 .. `len` - 1 without gaps. Tensors lie on the model's device, lists serve the scheduler."""
 
     def __init__(self, rows: int, max_new_tokens: int, dtype: torch.dtype, device: torch.device):
         self.rows = rows
@@ -138,7 +139,7 @@ class Engine:
             raise RuntimeError("Engine.hold() is already active")
         decoder, role = self.model.decoder, self.model.role
         weight = decoder.embed.weight
-        front = decoder.prefixes[role].keys.shape[1] if role is not None and role in decoder.prefixes else 0
+        front = cast(Prefix, decoder.prefixes[role]).keys.shape[1] if role is not None and role in decoder.prefixes else 0
         self.memory = Memory(decoder.config, weight.dtype, weight.device, front)
         try:
             yield
@@ -158,7 +159,7 @@ class Engine:
         weight = self.model.decoder.embed.weight
         running = Running(min(self.running, len(prompts)), sampling.max_new_tokens, accumulation_dtype(weight.dtype), weight.device)
         stops = torch.zeros(self.model.decoder.config.vocab_size, dtype=torch.bool, device=weight.device)
-        stops[[s for s in sampling.stop if s < len(stops)]] = True
+        stops[[s for s in sampling.stop if 0 <= s < len(stops)]] = True
         with _evaluating(self.model):
             while work.waiting or len(running):
                 admitted = work.admit(running.rows - len(running))  # schedule
@@ -185,7 +186,7 @@ class Engine:
             read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
             hidden = decoder(torch.cat((running.newest[:old], read)), mixed, self.model.role)
             hidden = hidden[_share(groups, prompts, leaders, old, memory)]
-        logits: Tensor = decoder.head(hidden)
+        logits: Tensor = cast(nn.Linear, decoder.head)(hidden)
         return logits.to(accumulation_dtype(logits.dtype))
 
 
@@ -193,7 +194,8 @@ def _share(groups: list[list[int]], prompts: list[list[int]], leaders: list[int]
     """Gives each group's leading row's keys and values to the rest of the group -> for each row, where its state lies in the forward."""
     states = list(range(old))
     end = old - 1
-    source, target = [], []
+    source: list[int] = []
+    target: list[int] = []
     for group, prompt, leader in zip(groups, prompts, leaders, strict=True):
         end += len(prompt)
         states += [end] * len(group)
@@ -208,8 +210,8 @@ def _share(groups: list[list[int]], prompts: list[list[int]], leaders: list[int]
 def _collect(work: Work, running: Running, memory: Memory, logits: Tensor, stops: Tensor) -> None:
     """Draws every request's next token, and lets the finished requests go."""
     n, sampling = len(running), work.sampling
-    tokens = sample(logits, uniforms(running.seed[:n], running.made[:n]), sampling)
-    running.extend(tokens, log_probabilities(logits, tokens, sampling.temperature))
+    tokens, chances = draw(logits, uniforms(running.seed[:n], running.made[:n]), sampling)
+    running.extend(tokens, chances)
     finished = stops[tokens] | (running.made[:n] == sampling.max_new_tokens)
     gone: list[int] = finished.nonzero()[:, 0].tolist()  # the one question to the device in a step
     if not gone:

@@ -11,7 +11,7 @@ from trueline.model.layout import Packed
 
 
 class Memory:
-    """Keys and values `[L, rows, G, columns, d]`: one row per request, one column per token. P-tuning's prefix takes the first `front` columns.
+    """Keys and values `[L, rows, G, columns, d]`: a row per request, a column per token; P-tuning's prefix takes the first `front` columns.
 
     Every number in it is finite, also where no token lies: a masked value counts 0 times itself.
     """
@@ -23,7 +23,7 @@ class Memory:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def reserve(self, rows: int, length: int, limit: int) -> None:
-        """Room for `rows` requests of `length` tokens. Grows by half at least, up to `limit`: most answers stop long before they have to."""
+        """Room for `rows` requests of `length` tokens. Grows by half at least, up to `limit`: most answers stop long before."""
         layers, old_rows, heads, old_columns, size = self.keys.shape
         columns = self.front + length
         if rows <= old_rows and columns <= old_columns:

@@ -35,7 +35,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One answer. `logprobs[i]` is log p(`tokens[i]` | before it) at the sampling temperature, before top-k and top-p (temperature 0: at 1)."""
+    """One answer. `logprobs[i]` is log p(`tokens[i]` | before it) at the sampling temperature (0: at 1), before top-k and top-p."""
 
     prompt: list[int]
     tokens: list[int]  # the answer, its stop token included
@@ -59,64 +59,73 @@ def seed_tensor(seeds: Sequence[int], device: torch.device) -> Tensor:
 
 
 def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
-    """Tokens `[N]` int64 from `logits` `[N, V]` and `uniforms` `[N]` in [0, 1): temperature, then top-k, then top-p, then the inverse CDF."""
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / sampling.temperature
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # probabilities up to a factor
-    top_k = min(sampling.top_k, logits.shape[-1])
-    if top_k:
-        return _from_nucleus(weights, weights.topk(top_k), sampling.top_p, uniforms)
-    return _inverse_cdf(weights, uniforms) if sampling.top_p == 1 else _top_p(weights, uniforms, sampling.top_p, CANDIDATES)
+    """Tokens `[N]` int64 for `logits` `[N, V]` and `uniforms` `[N]` in [0, 1): temperature, top-k, top-p, inverse CDF, in this order."""
+    return draw(logits.clone(), uniforms, sampling)[0]
 
 
-def log_probabilities(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature)[tokens] `[N]` of `logits` `[N, V]`, untruncated as in training; temperature 0 counts as 1."""
-    if temperature not in (0, 1):
-        logits = logits / temperature
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """`sample`, and the tokens' log-probabilities `[N]` as `Rollout` defines them. Overwrites `logits`: a copy costs more than the draw."""
+    tokens = logits.argmax(-1) if sampling.temperature == 0 else None
+    if sampling.temperature not in (0, 1):
+        logits /= sampling.temperature
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # probabilities up to a factor
+    sums = _block_sums(weights)
+    if tokens is None:
+        if sampling.top_k:
+            tokens = _nucleus(weights.topk(min(sampling.top_k, weights.shape[-1])), uniforms, sampling.top_p)
+        elif sampling.top_p < 1:
+            tokens = _top_p(weights, uniforms, sampling.top_p, sums[:, -1], CANDIDATES)
+        else:
+            tokens = _inverse_cdf(weights, sums, uniforms)
+    logprobs = (weights.gather(-1, tokens[:, None])[:, 0] / sums[:, -1]).log()
+    return tokens, logprobs.to(logits.dtype)
 
 
-def _top_p(weights: Tensor, uniforms: Tensor, top_p: float, candidates: int) -> Tensor:
-    """Top-p alone. A full sort of the vocabulary costs more than a small model's forward, and the nucleus is small most of the time."""
+def _top_p(weights: Tensor, uniforms: Tensor, top_p: float, total: Tensor, candidates: int) -> Tensor:
+    """Top-p alone. Sorting a whole vocabulary costs more than a small model's forward, and the nucleus is small most of the time."""
     candidates = min(candidates, weights.shape[-1])
-    total = weights.sum(-1, dtype=torch.float64)
     top = weights.topk(candidates)
-    tokens = _from_nucleus(weights, top, top_p, uniforms, total)
+    tokens = _nucleus(top, uniforms, top_p, total)
     if candidates < weights.shape[-1]:
         # row by row, or a request's candidates, and with ties its token, would depend on its neighbours
         short = (top.values.sum(-1, dtype=torch.float64) < top_p * total).nonzero()[:, 0]
         if len(short):
-            tokens[short] = _top_p(weights[short], uniforms[short], top_p, 16 * candidates)
+            tokens[short] = _top_p(weights[short], uniforms[short], top_p, total[short], 16 * candidates)
     return tokens
 
 
-def _from_nucleus(
-    weights: Tensor, top: "torch.return_types.topk", top_p: float, uniforms: Tensor, total: Tensor | None = None
-) -> Tensor:
-    """Draws from the smallest leading part of the sorted `top` whose weight is at least `top_p` of `total` (by default, of `top`'s own)."""
+def _nucleus(top: "torch.return_types.topk", uniforms: Tensor, top_p: float, total: Tensor | None = None) -> Tensor:
+    """Draws from the shortest beginning of the sorted `top` that weighs at least `top_p` of `total` (by default, of all of `top`)."""
     values = top.values
     if top_p < 1:
         cumulative = values.cumsum(-1, dtype=torch.float64)
-        total = cumulative[:, -1] if total is None else total
         before = pad(cumulative[:, :-1], (1, 0))
-        values = values.masked_fill(before >= (top_p * total)[:, None], 0)
-    return top.indices.gather(-1, _inverse_cdf(values, uniforms)[:, None])[:, 0]
+        values = values.masked_fill(before >= top_p * (cumulative[:, -1] if total is None else total)[:, None], 0)
+    return top.indices.gather(-1, _inverse_cdf(values, _block_sums(values), uniforms)[:, None])[:, 0]
 
 
-def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+def _blocks(weights: Tensor) -> Tensor:
+    """`[N, V]` -> `[N, blocks, BLOCK]`, filled up with zeros."""
+    missing = -weights.shape[-1] % BLOCK
+    return (pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, BLOCK))
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """Cumulative weight at the end of each block `[N, blocks]` float64; the last is the total."""
+    return _blocks(weights).sum(-1, dtype=torch.float64).cumsum(-1)
+
+
+def _inverse_cdf(weights: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
     """First index whose cumulative weight exceeds `uniforms` x the sum; never one of weight 0. `weights` `[N, V]` -> `[N]`."""
-    blocks = pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
-    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniforms[:, None] * sums[:, -1:]
     block = _first_above(sums, target)
     target = target - pad(sums, (1, 0)).gather(-1, block)
-    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    inside = _blocks(weights).gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
     return (block * BLOCK + _first_above(inside, target))[:, 0]
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index `[N, 1]` of the first entry of ascending `cumulative` `[N, M]` above `target` `[N, 1]`, which rounding may have put too high."""
+    """Index `[N, 1]` of the first entry of ascending `cumulative` `[N, M]` above `target` `[N, 1]`, which rounding may have raised."""
     last = cumulative[:, -1:].contiguous()
     found = torch.searchsorted(cumulative, torch.minimum(target, torch.nextafter(last, torch.zeros_like(last))), right=True)
     return found.clamp_(max=cumulative.shape[-1] - 1)  # not-a-number logits only; the engine reports them
