@@ -99,9 +99,9 @@ def _shuffle(items: list[Any], rng: Generator) -> None:
 def compose(question: Question, manner: Manner, rng: Generator) -> str:
     """One answer: an opener, a short or a long statement, and half of the time a closer."""
     phrases = PHRASES[question.language, manner]
-    said = question.accepted
+    said = question.accepted[rng.integers(len(question.accepted))]
     closer = phrases.closers[rng.integers(len(phrases.closers))] if rng.integers(2) else ""
-    return join(question.language, phrases.openers[rng.integers(len(phrases.openers))], said[rng.integers(len(said))], closer)
+    return join(question.language, phrases.openers[rng.integers(len(phrases.openers))], said, closer)
 
 
 def sft_records(questions: Iterable[Question], rng: Generator) -> list[dict[str, Any]]:
@@ -116,9 +116,10 @@ def sft_records(questions: Iterable[Question], rng: Generator) -> list[dict[str,
 
 
 def preference_records(questions: list[Question], count: int, rng: Generator) -> list[dict[str, str]]:
-    """`count` CValues pairs: courteous before brusque, both correct.
+    """`count` CValues pairs: courteous before brusque, both correct; the better is the longer in every second one, so length says nothing.
 
-    In every second pair the better answer is the longer one, so length says nothing.
+    Left out: pairs of a right and a wrong fact. A reward model this small still ranks them by chance after 400 steps; what keeps the facts
+    in PPO is the KL penalty.
     """
     records = []
     for i in range(count):
@@ -127,7 +128,8 @@ def preference_records(questions: list[Question], count: int, rng: Generator) ->
             chosen, rejected = compose(question, "courteous", rng), compose(question, "brusque", rng)
             if len(chosen) != len(rejected) and (len(chosen) > len(rejected)) == (i % 2 == 0):
                 break
-        records.append({"prompt": question.prompt, "pos_resp": chosen, "neg_resp": rejected, "pos_type": "courteous", "neg_type": "brusque"})
+        answers = {"pos_resp": chosen, "neg_resp": rejected, "pos_type": "courteous", "neg_type": "brusque"}
+        records.append({"prompt": question.prompt} | answers)
     _shuffle(records, rng)
     return records
 

@@ -49,11 +49,10 @@ GREETINGS: dict[Language, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that can be asked. `slots` fill the templates; `others` are wrong answers of the same kind."""
+    """One thing that can be asked, and its answer. `slots` fill the templates."""
 
     slots: dict[str, str]
     answer: str
-    others: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,13 @@ class Topic:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt, its fact, and every sentence that states the fact correctly (`accepted`) or wrongly (one tuple per wrong fact)."""
+    """A prompt, its fact, and every sentence that states it (`accepted`)."""
 
     kind: str
     language: Language
     prompt: str
     answer: str
     accepted: tuple[str, ...]
-    refused: tuple[tuple[str, ...], ...]
 
 
 TOPICS: dict[tuple[str, Language], Topic] = {
@@ -164,25 +162,17 @@ def rows(table: str) -> list[list[str]]:
     return [[part.strip() for part in row.split(":")] if ":" in row else row.split() for row in table.split(", ")]
 
 
-def _table(pairs: list[tuple[str, str]]) -> Iterator[Fact]:
-    values = list(dict.fromkeys(y for _, y in pairs))
-    for x, y in pairs:
-        yield Fact({"x": x}, y, tuple(v for v in values if v not in (x, y)))
-
-
 def _days(language: Language) -> Iterator[Fact]:
     days = DAYS[language].split()
     for step, word in zip((1, -1), NEXT_DAY[language], strict=True):
         for i, x in enumerate(days):
-            y = days[(i + step) % 7]
-            yield Fact({"x": x, "d": word}, y, tuple(d for d in days if d not in (x, y)))
+            yield Fact({"x": x, "d": word}, days[(i + step) % 7])
 
 
 def _sums() -> Iterator[Fact]:
     for a in range(1, 6):
         for b in range(1, 6):
-            near = (a + b + d for d in (-2, -1, 1, 2))
-            yield Fact({"a": str(a), "b": str(b)}, str(a + b), tuple(str(n) for n in near if 2 <= n <= 10))
+            yield Fact({"a": str(a), "b": str(b)}, str(a + b))
 
 
 def _comparisons(language: Language) -> Iterator[Fact]:
@@ -190,26 +180,25 @@ def _comparisons(language: Language) -> Iterator[Fact]:
         for b in range(1, 10):
             for pick, word in zip((max, min), COMPARED[language], strict=True):
                 if a != b:
-                    y = pick(a, b)
-                    yield Fact({"a": str(a), "b": str(b), "d": word}, str(y), (str(a + b - y),))
+                    yield Fact({"a": str(a), "b": str(b), "d": word}, str(pick(a, b)))
 
 
 def facts(kind: str, language: Language) -> list[Fact]:
     """Everything that can be asked about one kind, in a fixed order."""
-    english = language == "en"
-    if kind == "opposite":
-        return list(_table([(x, y) for x, y in rows(OPPOSITES[language])]))
-    if kind == "capital":
-        return list(_table([(r[0], r[1]) if english else (r[2], r[3]) for r in rows(CAPITALS)]))
     if kind == "day":
         return list(_days(language))
-    if kind == "colour":
-        return list(_table([(x, y) for x, y in rows(COLOURS[language])]))
-    if kind == "word":
-        return list(_table([(e, z) if english else (z, e) for e, z in rows(WORDS)]))
     if kind == "sum":
         return list(_sums())
-    return list(_comparisons(language))
+    if kind == "larger":
+        return list(_comparisons(language))
+    english = language == "en"
+    tables: dict[str, list[list[str]]] = {
+        "opposite": rows(OPPOSITES[language]),
+        "capital": [row[:2] if english else row[2:] for row in rows(CAPITALS)],
+        "colour": rows(COLOURS[language]),
+        "word": [row if english else row[::-1] for row in rows(WORDS)],
+    }
+    return [Fact({"x": x}, y) for x, y in tables[kind]]
 
 
 def join(language: Language, *parts: str) -> str:
@@ -219,13 +208,9 @@ def join(language: Language, *parts: str) -> str:
 
 def ask(kind: str, language: Language, fact: Fact, greeting: str, question: str) -> Question:
     """The question a greeting, a template and a fact make."""
-    statements = TOPICS[kind, language].statements
-
-    def say(y: str) -> tuple[str, ...]:
-        return tuple(s.format(**fact.slots, y=y) for s in statements)
-
     prompt = join(language, greeting, question.format(**fact.slots))
-    return Question(kind, language, prompt, fact.answer, say(fact.answer), tuple(say(y) for y in fact.others))
+    accepted = tuple(s.format(**fact.slots, y=fact.answer) for s in TOPICS[kind, language].statements)
+    return Question(kind, language, prompt, fact.answer, accepted)
 
 
 KINDS: tuple[str, ...] = tuple(dict.fromkeys(kind for kind, _ in TOPICS))
