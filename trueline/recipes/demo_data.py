@@ -35,7 +35,7 @@ FRESH, HELD_OUT = 20, 40
 PAIRS, HELD_OUT_PAIRS = 2400, 400
 
 CONTROL_TOKENS = tuple("<|endoftext|> [MASK] [gMASK] [sMASK] <sop> <eop> <|system|> <|user|> <|assistant|> <|observation|>".split())
-VOCABULARY = 1024
+VOCABULARY = 1152  # more than the data fills: every character and word of it is one token
 # one Chinese character, one English word with the space before it, one number, one run of marks: a fact never melts into its template
 PIECES = r"\p{Han}| ?[a-zA-Z]+|\p{N}+| ?[^\s\p{L}\p{N}]|\s+"
 
@@ -142,7 +142,7 @@ def prompt_records(questions: Iterable[Question]) -> list[dict[str, Any]]:
 
 
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    """Byte-level BPE (arXiv:1508.07909) with GLM-4's control tokens behind the learned vocabulary, `VOCABULARY` entries in all at most."""
+    """Byte-level BPE (arXiv:1508.07909) with GLM-4's control tokens behind the learned vocabulary, at most `VOCABULARY` entries in all."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
