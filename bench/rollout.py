@@ -7,15 +7,16 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
 
-from trueline.families.table import FAMILIES
-from trueline.model.decoder import Decoder
+from trueline.families.folder import load_decoder, open_folder
 from trueline.model.heads import LanguageModel
 from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Sampling
@@ -67,23 +68,13 @@ def cases() -> list[Case]:
 
 
 def models(kind: str, dtype: torch.dtype) -> tuple[LanguageModel, transformers.PreTrainedModel]:
-    """One random model, ours with their tensors copied in."""
+    """One random model: theirs, and ours read from the folder they save it to."""
     config_class, model_class, extra = THEIRS[kind]
-    config = config_class(**SIZES, **extra)
     torch.manual_seed(0)
-    theirs = model_class(config).to(dtype).eval()
-    family = FAMILIES[kind]
-    decoder = Decoder(family.read_config(config.to_dict())).to(dtype)
-    state = theirs.state_dict()
-    copied = {}
-    for weight in family.weights:
-        for layer in range(decoder.config.num_layers if "{}" in weight.theirs else 1):
-            name = weight.theirs.format(layer)
-            if name in state:
-                parts = weight.split(state[name], decoder.config) if weight.split else [state[name]]
-                copied.update({ours.format(layer): part for ours, part in zip(weight.ours, parts, strict=True)})
-    decoder.load_state_dict(copied)
-    return LanguageModel(decoder), theirs
+    theirs = model_class(config_class(**SIZES, **extra)).to(dtype).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return LanguageModel(load_decoder(open_folder(Path(folder)), dtype)), theirs
 
 
 def ours_answer(model: LanguageModel, case: Case) -> list[list[int]]:

@@ -121,14 +121,15 @@ def _inverse_cdf(weights: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
     block = _first_above(sums, target)
     target = target - pad(sums, (1, 0)).gather(-1, block)
     inside = _blocks(weights).gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
-    return (block * BLOCK + _first_above(inside, target))[:, 0]
+    found = block * BLOCK + _first_above(inside, target)
+    return found[:, 0].clamp_(max=weights.shape[-1] - 1)  # reached by numbers that are not finite only; the engine reports them
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
     """Index `[N, 1]` of the first entry of ascending `cumulative` `[N, M]` above `target` `[N, 1]`, which rounding may have raised."""
     last = cumulative[:, -1:].contiguous()
     found = torch.searchsorted(cumulative, torch.minimum(target, torch.nextafter(last, torch.zeros_like(last))), right=True)
-    return found.clamp_(max=cumulative.shape[-1] - 1)  # not-a-number logits only; the engine reports them
+    return found.clamp_(max=cumulative.shape[-1] - 1)
 
 
 def _mix(z: Tensor) -> Tensor:
