@@ -46,3 +46,12 @@ def test_processes_without_their_mesh_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_tensor_parallelism_is_refused_as_long_as_it_is_not_there() -> None:
     with pytest.raises(UserError, match="mesh.tensor: 2 is not there yet"):
         start(MeshConfig(tensor=2))
+
+
+def test_recipes_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start_alone(MeshConfig()).size == 1
+    with pytest.raises(UserError, match="several processes are not there yet"):
+        start_alone(MeshConfig(data=2))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="several processes are not there yet"):
+        start_alone(MeshConfig())

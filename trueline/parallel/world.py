@@ -44,6 +44,15 @@ def start(mesh: MeshConfig) -> World:
     return World(rank, size, device)
 
 
+def start_alone(mesh: MeshConfig) -> World:
+    """A world of one; UserError when more was asked for. Gradients are summed over ranks already, but no recipe places its files, its
+    rollouts and its reference for several yet, and a run that half does so loses data without a word.
+    """
+    if mesh.data > 1 or mesh.tensor > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes are not there yet; leave mesh.data and mesh.tensor at 1, and start trueline without torchrun")
+    return start(mesh)
+
+
 def find_device(local: int = 0) -> torch.device:
     """Accelerator number `local` of this machine, or its CPU."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

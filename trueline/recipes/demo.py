@@ -107,7 +107,7 @@ def stage_config(name: str, folder: Path, files: DemoFiles, seed: int) -> dict[s
             "model": {"path": base},
             "data": {"train": [str(files.preferences)], "eval": [str(files.preferences_held_out)], "max_length": 128},
             "batch": batch | {"sequences": 32},
-            "dpo": {"beta": 0.1},
+            "dpo": {"beta": 0.2, "sft_weight": 5.0},
             "optimizer": {"lr": 3e-4, "warmup": 0.1},
             "run": run | {"epochs": 1, "eval_every": 25},
         }

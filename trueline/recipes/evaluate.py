@@ -16,7 +16,7 @@ from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan
 from trueline.errors import UserError
 from trueline.model.batch import pack, pack_pairs
-from trueline.parallel.world import World, start
+from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.fit import Task, held_out_values
 from trueline.recipes.generate import answer, language_model_of
@@ -43,7 +43,7 @@ def run(config: EvaluateConfig, dry_run: bool = False) -> dict[str, float]:
     if dry_run:
         print(to_yaml(config), end="")
         return {}
-    world = start(MeshConfig())
+    world = start_alone(MeshConfig())
     opened = open_model(config.model, config.run.seed)
     held = read_held_out(config, opened)
     with Run("evaluate", config.run, to_yaml(config), world) as run, open_score(config, opened) as score:

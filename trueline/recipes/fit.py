@@ -19,7 +19,7 @@ from trueline.config.schema import StageConfig
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.errors import UserError
-from trueline.parallel.world import World, start
+from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import Opened, publish
 from trueline.recipes.report import run_report
 from trueline.train import checkpoint
@@ -77,7 +77,7 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
     if dry_run:
         show_plan(config, derived(stage, total))
         return
-    world = start(config.mesh)
+    world = start_alone(config.mesh)
     optimizer = make_optimizer(stage.parameters, config.optimizer)
     order = {"seed": config.run.seed, "batch.sequences": config.batch.sequences, "data": items_fingerprint(stage.items)}
     order |= {"model": stage.opened.fingerprint}

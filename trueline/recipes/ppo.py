@@ -17,10 +17,9 @@ from trueline.config.load import to_yaml
 from trueline.config.schema import OptimizerConfig, PpoConfig, PpoStageConfig
 from trueline.data.sample import Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
-from trueline.errors import UserError
 from trueline.model.batch import Batch, pack
 from trueline.model.heads import LanguageModel, Scorer, values_before
-from trueline.parallel.world import World, start
+from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import publish
 from trueline.recipes.fit import items_fingerprint, resume, save, show_plan
 from trueline.recipes.generate import sampling_of
@@ -165,9 +164,7 @@ def count_values(seen: ExperienceBatch) -> Mapping[str, Tensor]:
 
 def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     """Trains `config.model` on the prompts in `config.data`: the policy is left in `<run.output>/model`, every answer in samples.jsonl."""
-    world = start(config.mesh)
-    if world.size > 1:
-        raise UserError("ppo runs in one process so far; set mesh.data=1 and start it without torchrun")
+    world = start_alone(config.mesh)
     roles = open_roles(config)
     family, tokenizer = roles.policy.folder.family, roles.policy.text()
     prompts = prompt_tokens(config.data, family, tokenizer, config.sampling.max_new_tokens, config.run.seed)
