@@ -184,7 +184,10 @@ def demo_report(out: Path, summary: dict[str, Any], stages: Sequence[DemoStage])
         settings = _text(stage.run / "config.yaml")
         title, text = TITLES.get(stage.name, stage.name), _STAGE_TEXT.get(stage.name, ())
         sections.append(Section(title, text, charts=main, more=more, settings=settings))
-    run = {name: value for name, value in (_object(stages[0].run / "run.json") if stages else {}).items() if name != "total"}
+    run = (_object(stages[0].run / "run.json") if stages else {}) | {
+        "seed": summary["seed"],
+        "total": None,
+    }  # every stage has its own steps
     facts = (f"{summary['seconds']:.0f} s in all", f"{summary['peak_memory_mb']:.0f} MiB of memory at most", *_run_facts(run))
     footer = "Written by trueline demo. The data, the configurations and every run are in the folders beside this page."
     return write_page(out / "report.html", Page("trueline demo", _DEMO_LEAD, facts, tuple(sections), footer))
