@@ -5,7 +5,7 @@ import torch
 
 from trueline.config.schema import MeshConfig
 from trueline.errors import UserError
-from trueline.parallel.world import World, all_max, all_sum, find_device, start, stop
+from trueline.parallel.world import World, all_max, all_sum, find_device, start, start_alone, stop
 
 LAUNCHED = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
 
