@@ -158,6 +158,26 @@ def test_a_number_nobody_planned_for_gets_a_chart_and_a_lone_one_does_not() -> N
     assert [c.title for c in main] == ["Loss"] and [c.title for c in more] == ["Mine"]
 
 
+def test_held_out_lines_are_dashed_and_keep_the_colour_of_their_name() -> None:
+    names = ("chosen_reward", "rejected_reward")
+    lines: list[dict[str, Any]] = [
+        {"step": i, "split": s, "loss": 1.0} | dict.fromkeys(names, 1.0) for i in (1, 2) for s in ("train", "eval")
+    ]
+    charts = {c.title: [(s.name, s.colour, s.dashed) for s in c.series] for c in curves(lines)[0]}
+    assert charts["Loss"] == [("training", 0, False), ("held out", 1, True)]
+    assert charts["Implicit rewards"] == [
+        ("chosen reward", 0, False),
+        ("chosen reward, held out", 0, True),
+        ("rejected reward", 1, False),
+        ("rejected reward, held out", 1, True),
+    ]
+
+
+def test_the_loss_of_ppo_is_no_headline() -> None:
+    main, more = curves([{"step": i, "split": "train", "loss": 1.0, "policy_loss": 1.0, "score": 1.0} for i in (1, 2)])
+    assert [c.title for c in main] == ["Score"] and [c.title for c in more] == ["Policy loss", "Loss"]
+
+
 def svg(chart: Chart) -> ET.Element:
     return ET.fromstring(str(draw(chart)))
 

@@ -5,7 +5,7 @@ Colours are CSS variables (`--c0`, `--c1`, ...) of the page, so a chart follows 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup, escape
 
@@ -18,10 +18,11 @@ MARKS = 40  # points with a tooltip
 
 @dataclass(frozen=True)
 class Series:
-    """One line: `(step, value)` in order of steps. `dashed` sets evaluation apart from training."""
+    """One line: `(step, value)` in order of steps. `colour` is one of the page's, 0 to 2; `dashed` sets evaluation apart from training."""
 
     name: str
     points: tuple[tuple[float, float], ...]
+    colour: int = 0
     dashed: bool = False
 
 
@@ -119,7 +120,7 @@ class Place:
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
 
-def _line(series: Series, colour: int, place: Place) -> list[str]:
+def _line(series: Series, place: Place) -> list[str]:
     """One series: noisy long ones as a faint line under their running mean; marked points carry tooltips."""
     points = series.points
     noisy = len(points) > NOISY
@@ -127,16 +128,18 @@ def _line(series: Series, colour: int, place: Place) -> list[str]:
     dash = ' stroke-dasharray="5 3"' if series.dashed else ""
     parts = []
     if noisy:
-        parts.append(f'<path class="raw" style="stroke:var(--c{colour})" d="{_path([place(*p) for p in thin(points, LINE_POINTS)])}"/>')
+        parts.append(
+            f'<path class="raw" style="stroke:var(--c{series.colour})" d="{_path([place(*p) for p in thin(points, LINE_POINTS)])}"/>'
+        )
     if len(points) > 1:
         drawn = _path([place(*p) for p in thin(shown, LINE_POINTS)])
-        parts.append(f'<path class="line" style="stroke:var(--c{colour})"{dash} d="{drawn}"/>')
+        parts.append(f'<path class="line" style="stroke:var(--c{series.colour})"{dash} d="{drawn}"/>')
     for x, y in thin(shown, MARKS):
         px, py = place(x, y)
         seen = 0 if noisy else 2.2
         label = f"{escape(series.name)}, {number(x)}: {number(y)}"
         parts.append(
-            f'<g class="mark" style="fill:var(--c{colour})"><circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="{seen}"/>'
+            f'<g class="mark" style="fill:var(--c{series.colour})"><circle class="dot" cx="{px:.1f}" cy="{py:.1f}" r="{seen}"/>'
             f'<circle class="touch" cx="{px:.1f}" cy="{py:.1f}" r="7"/><title>{label}</title></g>'
         )
     return parts
@@ -154,7 +157,7 @@ def _extent(series: Series) -> list[float]:
 def draw(chart: Chart) -> Markup:
     """The chart as an `<svg>` element that fills its container's width. A chart without points says so."""
     finite = [(s, tuple(p for p in s.points if all(map(math.isfinite, p)))) for s in chart.series]
-    series = [Series(s.name, points, s.dashed) for s, points in finite if points]
+    series = [replace(s, points=points) for s, points in finite if points]
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}" xmlns="http://www.w3.org/2000/svg">'
     if not series:
         return Markup(head + f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" text-anchor="middle">no points</text></svg>')
@@ -166,7 +169,7 @@ def draw(chart: Chart) -> Markup:
     body = _axes(across, up, min(xs), max(xs), place, chart.x_name)
     wide, high = WIDTH - LEFT, HEIGHT - BOTTOM + 3
     clip = f'<svg x="{LEFT}" y="0" width="{wide}" height="{high}" viewBox="{LEFT} 0 {wide} {high}">'  # noise stays inside the axes
-    lines = [part for i, s in enumerate(series) for part in _line(s, i, place)]
+    lines = [part for s in series for part in _line(s, place)]
     return Markup("".join([head, *body, clip, *lines, "</svg></svg>"]))
 
 

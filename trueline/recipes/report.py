@@ -6,7 +6,7 @@ Written by hand are the page (report.html.j2) and the charts (charts.py); no scr
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +125,19 @@ MAIN = (
     Plot("Accuracy", ("accuracy",), "share of pairs ranked right"),
     Plot("Margin", ("margin",), "how far the better answer is ahead"),
     Plot("Implicit rewards", ("chosen_reward", "rejected_reward"), "beta times the log-ratio to the reference"),
-    Plot("KL to the reference", ("kl",), "how far the policy has moved, in nats per token"),
+    Plot("KL to the reference", ("kl",), "how far the policy has moved, in nats per answer"),
     Plot("Answer length", ("response_length",), "tokens"),
     Plot("Explained variance", ("explained_variance",), "of the returns, by the critic; 1 is perfect"),
     Plot("Entropy", ("entropy",), "nats per token; a fall to 0 is a collapse"),
 )
 MORE = (
-    Plot("Policy loss", ("policy_loss",)),
+    Plot("Policy loss", ("policy_loss",), "no measure of progress: the answers it is computed on change with the policy"),
     Plot("Value loss", ("value_loss",)),
     Plot("Clipped", ("clip_fraction",), "share of tokens whose ratio left the clip range"),
-    Plot("Learning rate", ("lr",)),
-    Plot("Gradient norm", ("grad_norm",), "before clipping"),
+    Plot("Rollout gap", ("logprob_gap", "logprob_gap_max"), "between log-probabilities when sampled and when trained; rounding only"),
+    Plot("Stopped", ("stopped",), "share of answers that came to an end by themselves"),
+    Plot("Learning rate", ("lr", "critic_lr")),
+    Plot("Gradient norm", ("grad_norm", "critic_grad_norm"), "before clipping"),
     Plot("Speed", ("tokens_per_second",), "tokens per second"),
     Plot("Seconds per iteration", ("generate_seconds", "appraise_seconds", "train_seconds")),
 )
@@ -221,7 +223,10 @@ def curves(metrics: Iterable[dict[str, Any]]) -> tuple[tuple[Chart, ...], tuple[
     others = tuple(
         Plot(_words(name)[:1].upper() + _words(name)[1:], (name,)) for name in dict.fromkeys(n for n, _ in points) if name not in planned
     )
-    return _charts(MAIN, points), _charts((*MORE, *others), points)
+    # PPO's loss is its policy loss and shows no progress
+    aside = tuple(plot for plot in MAIN if "loss" in plot.names and ("policy_loss", "train") in points)
+    main = tuple(plot for plot in MAIN if plot not in aside)
+    return _charts(main, points), _charts((*MORE, *(replace(plot, hint="") for plot in aside), *others), points)
 
 
 def _charts(plots: Iterable[Plot], points: dict[tuple[str, str], list[tuple[float, float]]]) -> tuple[Chart, ...]:
@@ -229,8 +234,13 @@ def _charts(plots: Iterable[Plot], points: dict[tuple[str, str], list[tuple[floa
     for plot in plots:
         found = [(n, s, increasing(points[n, s])) for n in plot.names for s in _SPLITS if (n, s) in points]
         if any(len(p) > 1 for _, _, p in found):  # one number is no curve: it is in the table
-            several = len(plot.names) > 1
-            series = tuple(Series(_words(n) + ", held out" * (s == "eval") if several else _SPLITS[s], p, s == "eval") for n, s, p in found)
+            several = len({n for n, _, _ in found}) > 1
+            series = tuple(
+                Series(_words(n) + ", held out" * (s == "eval"), p, plot.names.index(n), s == "eval")
+                if several
+                else Series(_SPLITS[s], p, int(s == "eval"), s == "eval")
+                for n, s, p in found
+            )
             charts.append(Chart(plot.title, series, plot.hint))
     return tuple(charts)
 
