@@ -107,6 +107,9 @@ def test_an_unreadable_config_is_refused(tmp_path, text):
 def test_a_folder_without_a_config_says_what_it_is(tmp_path):
     with pytest.raises(UserError, match="no config.json, so not a model folder$"):
         open_folder(tmp_path)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="it is a run's folder, whose model is .*/model once it is finished$"):
+        open_folder(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="an adapter's folder"):
         open_folder(tmp_path)

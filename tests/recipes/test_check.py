@@ -72,7 +72,7 @@ def test_tokens_by_hand(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
         assert sum(sample.trained) == len(tokenizer.encode(answer)) + 1
     assert {name: rows(printed)[name] for name in lengths} == lengths
     assert f"data.max_length of at least {lengths['rejected'][1]} keeps every record whole" in printed
-    assert f"1 records hold text that looks like a control token; it is encoded as plain text: {path}:1 <|im_end|>" in printed
+    assert f"1 record with text that looks like a control token; it is encoded as plain text: {path}:1 <|im_end|>" in printed
 
 
 def test_show_marks_what_is_trained_and_ends_with_the_serving_prompt(
@@ -94,7 +94,7 @@ def test_show_without_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path = write(tmp_path, {"conversations": [{"from": "human", "value": "q"}, call], "tools": '[{"name": "f"}]'})
     check([path], None, 1)
     printed = capsys.readouterr().out
-    assert printed.endswith("user: q\nassistant calls f: {}\n") and "1 records with tools, 1 tool calls" in printed
+    assert printed.endswith("user: q\nassistant calls f: {}\n") and "1 record with tools, 1 tool call" in printed
 
 
 def test_tokens_have_their_roles_colour(model: Path) -> None:
@@ -124,8 +124,8 @@ def test_every_problem_of_every_file_at_the_end(tmp_path: Path, capsys: pytest.C
     assert caught.value.problems[0] == f"{first}:2: output: missing, expected text"
     assert caught.value.problems[60] == f"{second}: no records, expected at least one"
     printed = capsys.readouterr().out
-    assert f"{first}: schema alpaca, 1 conversations\n  60 problems, listed at the end\n" in printed
-    assert f"1 prompts of {third} also in {first}: first {first}:1 and {third}:1\n" in printed
+    assert f"{first}: schema alpaca, 1 conversation\n  60 problems, listed at the end\n" in printed
+    assert f"1 prompt of {third} also in {first}: first {first}:1 and {third}:1\n" in printed
 
 
 def test_equal_pairs_and_repeated_prompts_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

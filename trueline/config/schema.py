@@ -114,9 +114,9 @@ class OptimizerConfig(Config):
 
 class MeshConfig(Config):
     data: int = Field(1, ge=1)
-    """Ranks that share the data (FSDP2)."""
+    """Processes that share the data; only 1 so far."""
     tensor: int = Field(1, ge=1)
-    """Ranks that share each weight (tensor parallel)."""
+    """Processes that share each weight; only 1 so far."""
 
 
 class RunConfig(Config):

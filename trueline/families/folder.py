@@ -63,8 +63,11 @@ def open_folder(path: str | Path) -> ModelFolder:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder, expected a model folder with config.json")
     if not (path / "config.json").is_file():
-        adapter = (path / "adapter_config.json").is_file()
-        hint = "; it is an adapter's folder, and adapter_config.json names its model" if adapter else ""
+        hint = ""
+        if (path / "adapter_config.json").is_file():
+            hint = "; it is an adapter's folder, and adapter_config.json names its model"
+        elif (path / "run.json").is_file():
+            hint = f"; it is a run's folder, whose model is {path / 'model'}" + ("" if (path / "model").is_dir() else " once it is finished")
         raise UserError(f"{path}: no config.json, so not a model folder{hint}")
     config = _read_json(path / "config.json")
     generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}

@@ -23,7 +23,7 @@ from trueline.families.family import Family
 from trueline.families.folder import open_folder, resolve
 from trueline.families.peft import adapter_base, is_adapter
 
-USES: dict[Use, str] = {"answer": "conversations", "pair": "pairs", "prompt": "prompts"}
+USES: dict[Use, str] = {"answer": "conversation", "pair": "pair", "prompt": "prompt"}
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "observation": "yellow"}
 
 
@@ -104,8 +104,8 @@ def _messages(value: Conversation | Preference | Prompt) -> tuple[Message, ...]:
 
 
 def _print_contents(console: Console, contents: Contents, broken: int, equal: list[str]) -> None:
-    _say(console, f"{contents.path}: schema {contents.schema}, {len(contents.values):,} {USES[contents.use]}", "bold")
-    for note in ([f"{broken} problems, listed at the end"] if broken else []) + ([equal_note(equal)] if equal else []):
+    _say(console, f"{contents.path}: schema {contents.schema}, {counted(len(contents.values), USES[contents.use])}", "bold")
+    for note in ([f"{counted(broken, 'problem')}, listed at the end"] if broken else []) + ([equal_note(equal)] if equal else []):
         _say(console, f"  {note}", "yellow")
     if not contents.values:
         return
@@ -124,7 +124,7 @@ def _print_contents(console: Console, contents: Contents, broken: int, equal: li
     console.print(table)
     with_tools = sum(bool(_prompt_of(located.value).tools) for located in contents.values)
     if with_tools or turns["tool call"]:
-        _say(console, f"  {with_tools:,} records with tools, {turns['tool call']:,} tool calls")
+        _say(console, f"  {counted(with_tools, 'record')} with tools, {counted(turns['tool call'], 'tool call')}")
 
 
 def _print_lengths(console: Console, contents: Contents, renderer: Renderer, problems: Problems) -> None:
@@ -150,7 +150,7 @@ def _print_lengths(console: Console, contents: Contents, renderer: Renderer, pro
         console.print(table)
         _say(console, f"  data.max_length of at least {max(max(row) for row in lengths.values()):,} keeps every record whole")
     if lookalikes:
-        note = f"{len(lookalikes):,} records hold text that looks like a control token; it is encoded as plain text"
+        note = f"{counted(len(lookalikes), 'record')} with text that looks like a control token; it is encoded as plain text"
         _say(console, f"  {note}: {', '.join(lookalikes[:3])}", "yellow")
 
 
@@ -170,7 +170,7 @@ def _print_repeats(console: Console, found: list[Contents]) -> None:
                 repeats.setdefault(files, []).append(f"{seen.where} and {located.where}")
     for (one, other), places in repeats.items():
         where = f"in {one}" if one == other else f"of {other} also in {one}"
-        _say(console, f"{len(places):,} prompts {where}{' more than once' if one == other else ''}: first {places[0]}", "yellow")
+        _say(console, f"{counted(len(places), 'prompt')} {where}{' more than once' if one == other else ''}: first {places[0]}", "yellow")
 
 
 def _show(console: Console, values: list[Located[Any]], number: int, renderer: Renderer | None) -> None:
@@ -225,6 +225,11 @@ def _pieces(ids: list[int], trained: list[bool], tokenizer: Tokenizer) -> Iterat
         if len(whole) > len(before) and not halved:
             yield whole[len(before) :], on
             last, start = start, i + 1
+
+
+def counted(number: int, name: str) -> str:
+    """`1 pair`, `2,000 pairs`."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def visible(text: str) -> str:
