@@ -3,7 +3,6 @@
 Recipes, and torch with them, are imported by the command that needs them, so that `--help` stays fast.
 """
 
-import errno
 import importlib
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from trueline import __version__
-from trueline.errors import Interrupted, RunError, UserError
+from trueline.errors import Interrupted, RunError, UserError, disk_full
 
 app = typer.Typer(
     help="Align language models: fine-tuning, reward models, PPO and DPO, and everything around them.",
@@ -71,7 +70,8 @@ def ppo(arguments: Arguments, dry_run: DryRun = False) -> None:
 @app.command()
 def prepare(arguments: Arguments) -> None:
     """Compute the reference of a dpo configuration ahead of training."""
-    path = _recipe("dpo").prepare(_configuration("dpo", arguments))
+    config = _configuration("dpo", arguments)
+    path = _recipe("dpo").prepare(config)
     print(f"{path}: reference log-probabilities, for dpo with the same configuration")
 
 
@@ -151,7 +151,8 @@ def _recipe(name: str) -> Any:
 
 
 def _stage(name: str, arguments: Sequence[str], dry_run: bool) -> None:
-    _recipe(name).run(_configuration(name, arguments), dry_run)
+    config = _configuration(name, arguments)  # a mistake there is told before anything large is loaded
+    _recipe(name).run(config, dry_run)
 
 
 def _configuration(stage: str, arguments: Sequence[str]) -> Any:
@@ -232,7 +233,7 @@ def _stop(message: str, code: int) -> int:
 
 def _sentence(error: Exception) -> str:
     """What to say of an error nobody foresaw; it still names the cause and what to do."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if isinstance(error, OSError) and disk_full(error):
         return f"the disk is full{f' (writing {error.filename})' if error.filename else ''}; make room and run the same command again"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"

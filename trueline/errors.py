@@ -4,7 +4,10 @@
 `Interrupted` a run that was told to stop and saved first (130 or 143). None of them is ever shown with a traceback.
 """
 
+import errno
 from collections.abc import Iterable
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UserError(Exception):
@@ -29,3 +32,10 @@ class Interrupted(Exception):
     def __init__(self, message: str, exit_code: int = 130):
         self.exit_code = exit_code
         super().__init__(message)
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether something could not be written for lack of room; safetensors tells so in words of its own."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    return any(f"os error {number})" in str(error) for number in NO_ROOM)

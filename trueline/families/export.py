@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trueline.data.conversation import Conversation, Message
-from trueline.errors import RunError, UserError
+from trueline.errors import RunError, UserError, disk_full
 from trueline.families.family import Encoder, Family, stop_ids
 from trueline.families.folder import SCORE, ModelFolder, weight_slots
 from trueline.model.decoder import Decoder
@@ -75,7 +75,8 @@ def save_folder(
             _sync(path)
         _publish(temporary, out)
     except (OSError, SafetensorError) as problem:
-        raise RunError(f"{out}: could not be written ({problem}); nothing was left there") from None
+        reason = "the disk is full; free some space and start the same command again" if disk_full(problem) else problem
+        raise RunError(f"{out}: could not be written ({reason}); nothing was left there") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

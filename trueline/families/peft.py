@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trueline.config.schema import AdapterConfig
-from trueline.errors import RunError, UserError
+from trueline.errors import RunError, UserError, disk_full
 from trueline.families.family import Family
 from trueline.families.places import PROJECTIONS, Exported, Place, export_lora, half_of, places, unfuse
 from trueline.model.adapters import attach_low_rank, attach_prefix, halves, low_ranks
@@ -180,7 +180,8 @@ def _write_folder(out: Path, tensors: dict[str, Tensor], options: dict[str, Any]
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(new, ignore_errors=True)
-        raise RunError(f"{out}: the adapter could not be written ({error}); nothing was left half-written") from error
+        reason = "the disk is full; free some space and start the same command again" if disk_full(error) else error
+        raise RunError(f"{out}: the adapter could not be written ({reason}); nothing was left half-written") from error
 
 
 # ----------------------------------------------------------------------------------------------------------------------------- in

@@ -3,7 +3,6 @@
 <run>/checkpoints/step-000100/   *.safetensors, state.json, manifest.json (size and SHA-256 of the others)
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -18,12 +17,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trueline.errors import RunError, UserError
+from trueline.errors import RunError, UserError, disk_full
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MARGIN = 1 << 20  # headers, JSON and directory entries
 
 
@@ -237,11 +235,9 @@ def sync(path: Path) -> None:
 
 
 def _explain(error: OSError | SafetensorError, home: Path, step: int, size: int) -> str:
-    # safetensors wraps the system's error in words of its own
-    full = isinstance(error, OSError) and error.errno in FULL or any(f"os error {number})" in str(error) for number in FULL)
     left = steps(home.parent)
     kept = f"the checkpoint of step {left[-1]} is untouched" if left else "there is no earlier checkpoint"
-    if full:
+    if disk_full(error):
         advice = "free some space and start the same command again"
         return f"disk full: the checkpoint of step {step} needs {size:,} bytes in {home}; {kept}; {advice}"
     return f"the checkpoint of step {step} could not be written in {home}: {error}; {kept}"

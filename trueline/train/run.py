@@ -24,7 +24,7 @@ from torch import Tensor
 
 import trueline
 from trueline.config.schema import RunConfig
-from trueline.errors import Interrupted, RunError, UserError
+from trueline.errors import Interrupted, RunError, UserError, disk_full
 from trueline.model.batch import Batch
 from trueline.parallel.world import World, all_max
 from trueline.train import checkpoint
@@ -347,6 +347,6 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in checkpoint.FULL:
+        if disk_full(error):
             raise RunError(f"disk full: {path} cannot be written; free some space and start the same command again") from error
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
