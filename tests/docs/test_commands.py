@@ -123,8 +123,16 @@ def test_commands_and_programs_run(page: str, toys: Toys, trueline: Commands, tm
             program = tmp_path / f"program-{number}.py"
             program.write_text(block.text, encoding="utf-8")
             runpy.run_path(str(program), run_name="__main__")
+    check_run_folders(tmp_path / "runs")
     for stage in (name for name, of in STAGES.items() if of == page):
         check_metrics(page, sorted((tmp_path / "runs").glob(f"{stage}*/metrics.jsonl")))
+
+
+def check_run_folders(runs: Path) -> None:
+    """docs/run-folder.md names every file a run leaves."""
+    named = {name.strip("/") for row in table("docs/run-folder.md", "file") for name in names_in(row[0])}
+    left = {path.name for status in runs.glob("*/run.json") for path in status.parent.iterdir()}
+    assert left <= named, left - named
 
 
 def check_metrics(page: str, logs: list[Path]) -> None:

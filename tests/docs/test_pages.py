@@ -88,6 +88,12 @@ def test_keys_in_the_text_exist(page: str) -> None:
     assert not unknown, f"{page}: no such keys: {unknown}"
 
 
+@pytest.mark.parametrize("page", pages())
+def test_paths_in_the_text_exist(page: str) -> None:
+    named = re.findall(r"`((?:tests|trueline|configs|docs)/[^`\s*]*)`", prose(page))
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
 @pytest.mark.parametrize("page", STAGE_PAGES)
 def test_defaults_in_tables_are_the_schema_s(page: str) -> None:
     keys = describe(STAGES[STAGE_PAGES[page]])
