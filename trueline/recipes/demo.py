@@ -113,15 +113,15 @@ def stage_config(name: str, folder: Path, files: DemoFiles, seed: int) -> dict[s
         }
     return {
         "model": {"path": base},
-        "data": {"train": [str(files.prompts)], "format": "prompt", "max_length": 128},
+        "data": {"train": [str(files.prompts)], "ptx": [str(files.sft)], "format": "prompt", "max_length": 128},
         "reward": {"model": str(folder / "reward" / "model")},
         "rollout": {"prompts": 64, "samples": 1, "running": 64},
         "sampling": {"max_new_tokens": 40},
-        "ppo": {"kl_coefficient": 0.15, "epochs": 2, "minibatches": 2, "no_stop_penalty": 1.0},
+        "ppo": {"kl_coefficient": 0.4, "ptx_coefficient": 0.2, "epochs": 2, "minibatches": 2, "no_stop_penalty": 1.0},
         "batch": batch,
         "critic": {"path": str(folder / "reward" / "model")},
         "optimizer": {"lr": 2e-4, "warmup": 0.1},
-        "run": run | {"steps": 30},
+        "run": run | {"steps": 36},
     }
 
 
