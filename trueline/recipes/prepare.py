@@ -98,6 +98,9 @@ def _prepare(
     notes: list[str] = []
     train = _render_all(load(data.train) if data.train else [], data, render, cut, room, length, notes)
     held_out = _render_all(load(data.eval) if data.eval else [], data, render, cut, room, length, notes)
+    for files, kept, purpose in ((data.train, train, "train on"), (data.eval, held_out, "evaluate on")):
+        if files and not kept:
+            raise UserError(f"nothing is left to {purpose} in {', '.join(files)}: {'; '.join(notes)}")
     if data.eval_fraction:
         if len(train) < 2:
             raise UserError(f"data.eval_fraction needs at least 2 records, found {len(train)}; add records or set it to 0")
@@ -108,9 +111,6 @@ def _prepare(
         train = [item for i, item in enumerate(train) if i not in chosen]
     if data.limit is not None:
         train = train[: data.limit]
-    for files, kept, purpose in ((data.train, train, "train on"), (data.eval, held_out, "evaluate on")):
-        if files and not kept:
-            raise UserError(f"nothing is left to {purpose} in {', '.join(files)}: {'; '.join(notes)}")
     return Prepared(train, held_out, notes)
 
 
