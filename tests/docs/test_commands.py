@@ -40,6 +40,7 @@ def larder(folder: Path, toys: Toys, page: str) -> None:
     """What the pages take for granted: a model, its fine-tuned successor, data, a reward function, the configurations."""
     for name in {"my-model", "my-sft"} - set(MADE_THERE.get(page, ())):
         shutil.copytree(toys.model(), folder / name)
+    shutil.copytree(toys.model("glm"), folder / "my-glm4")
     shutil.copytree(ROOT / "configs", folder / "configs")
     questions = [(f"What is {n} plus one?", f"It is {n + 1}.") for n in range(40)]
     turns = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in questions]

@@ -44,6 +44,11 @@ def test_the_map_names_every_page() -> None:
     assert not missing, missing
 
 
+def test_the_map_names_the_configurations_of_the_stages() -> None:
+    named = {names_in(row[0])[0] for row in table("docs/README.md", "file")}
+    assert named == {f"configs/{p.name}" for family in ("qwen2", "glm4") for p in (ROOT / "configs").glob(f"{family}_*.yaml")}
+
+
 def test_both_readmes_say_the_same() -> None:
     english, chinese = "README.md", "README.zh-CN.md"
     depths = [re.findall(r"^(#+) ", prose(page), flags=re.MULTILINE) for page in (english, chinese)]
