@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.recipes.commands import Commands
 from tests.recipes.toys import Toys, make_toys
@@ -27,7 +28,8 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
 
 @pytest.fixture(scope="session")
 def trueline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
-    """The command line: `trueline("sft", "config.yaml").ok()`."""
+    """The command line: `trueline("sft", "config.yaml").ok()`. It computes in one thread, and so from here on do the tests beside it."""
+    torch.set_num_threads(1)
     commands = Commands(tmp_path_factory.mktemp("commands"))
     yield commands
     commands.close()

@@ -100,12 +100,12 @@ class Model:
         return out
 
 
-def load(path: str, dtype: str = "auto", adapter: str | None = None, tokenizer: str | None = None) -> Model:
+def load(path: str | Path, dtype: str = "auto", adapter: str | None = None, tokenizer: str | None = None) -> Model:
     """A model folder or hub id of any family, a reward model, or an adapter folder (its base is found by the path it records).
 
     `adapter` puts an adapter folder on `path`, whatever base that adapter records. Without tokenizer files it still serves token lists.
     """
-    return Model(open_model(ModelConfig.model_validate({"path": path, "dtype": dtype, "tokenizer": tokenizer}), seed=0, adapter=adapter))
+    return Model(open_model(ModelConfig.model_validate({"path": str(path), "dtype": dtype, "tokenizer": tokenizer}), 0, adapter=adapter))
 
 
 Given = str | Path | Mapping[str, Any]
