@@ -1,6 +1,8 @@
 """AdamW against the paper's update in NumPy, its state through a round trip, and the learning rate's course."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -152,3 +154,22 @@ def test_learning_rate_is_never_zero_before_the_end_and_stays_there_after() -> N
         assert min(rates(50, warmup=0.1, schedule=schedule)) > 0
     config = OptimizerConfig(lr=1.0, warmup=0, schedule="linear", floor=0.25)
     assert learning_rate(10, 10, config) == learning_rate(99, 10, config) == 0.25
+
+
+def test_a_model_and_an_update_need_no_compiler():
+    """torch's compiler takes over a second to load, and loads by accident: by torch.optim.AdamW, by a draw on the meta device."""
+    code = """
+import sys, torch
+from trueline.config.schema import OptimizerConfig
+from trueline.model.decoder import Decoder, DecoderConfig
+from trueline.train.optimizer import make_optimizer
+config = DecoderConfig(8, 4, 1, 2, 1, 2, 4)
+with torch.device("meta"):
+    Decoder(config)
+decoder = Decoder(config)
+decoder.embed.weight.grad = torch.ones_like(decoder.embed.weight)
+make_optimizer(dict(decoder.named_parameters()), OptimizerConfig()).step(0.1)
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

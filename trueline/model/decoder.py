@@ -141,6 +141,12 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x), role)
 
 
+def embedding(config: DecoderConfig) -> nn.Embedding:
+    """As nn.Embedding makes it, but on the meta device nothing is drawn: that would load torch's compiler, over a second of every start."""
+    weight = torch.empty(config.vocab_size, config.hidden_size)
+    return nn.Embedding.from_pretrained(weight if weight.is_meta else weight.normal_(), freeze=False)
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm, and the vocabulary head (used by `heads.LanguageModel`, absent from reward models)."""
 
@@ -148,7 +154,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = embedding(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if with_head else None

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from trueline.config.schema import OptimizerConfig
 from trueline.errors import UserError
@@ -25,13 +26,9 @@ class Optimizer:
         self.parameters = dict(named)
         self.masters = {name: _master(p) for name, p in self.parameters.items()}
         self.halves = [(p, self.masters[name]) for name, p in self.parameters.items() if self.masters[name] is not p]
-        decayed = [m for m in self.masters.values() if decays(m)]
-        plain = [m for m in self.masters.values() if not decays(m)]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        fused = all(m.device.type in FUSED for m in self.masters.values())
-        self.adam = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused or None
-        )
+        self.config = config
+        self.fused = all(m.device.type in FUSED for m in self.masters.values())
+        self.moments: dict[str, dict[str, Tensor]] = {}  # name -> step, exp_avg, exp_avg_sq, from the first update on
 
     def collect(self) -> None:
         """Moves 16-bit gradients to their masters: to be called after each backward, for they would lose bits if they were summed."""
@@ -48,13 +45,43 @@ class Optimizer:
                 master.grad = torch.zeros_like(master) if master.grad is None else master.grad
         return {name: m.grad for name, m in self.masters.items() if m.grad is not None}
 
+    @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update at learning rate `lr`; the gradients are dropped."""
-        for group in self.adam.param_groups:
-            group["lr"] = lr
-        self.adam.step()
+        """One update at learning rate `lr`; the gradients are dropped.
+
+        The function under torch.optim.AdamW: the class itself would load torch's compiler, over a second of every start.
+        """
+        beta1, beta2 = self.config.betas
+        gradients = self.gradients()
+        for decayed in (True, False):
+            names = [name for name in gradients if decays(self.masters[name]) is decayed]
+            moments = [self._moments(name) for name in names]
+            if names:
+                adamw(
+                    [self.masters[name] for name in names],
+                    [gradients[name] for name in names],
+                    [m["exp_avg"] for m in moments],
+                    [m["exp_avg_sq"] for m in moments],
+                    [],
+                    [m["step"] for m in moments],
+                    fused=self.fused or None,
+                    amsgrad=False,
+                    maximize=False,
+                    beta1=beta1,
+                    beta2=beta2,
+                    lr=lr,
+                    weight_decay=self.config.weight_decay if decayed else 0.0,
+                    eps=self.config.eps,
+                )
         self.clear()
         self._round()
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        master = self.masters[name]
+        if name not in self.moments:
+            step = torch.zeros((), device=self._place("step", master))
+            self.moments[name] = {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
+        return self.moments[name]
 
     def clear(self) -> None:
         """Drops the gradients."""
@@ -72,7 +99,7 @@ class Optimizer:
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
                 found[f"{name}.master"] = master.detach()
-            for field, value in self.adam.state.get(master, {}).items():
+            for field, value in self.moments.get(name, {}).items():
                 found[f"{name}.{field}"] = value
         return found
 
@@ -85,13 +112,13 @@ class Optimizer:
                 master.copy_(state[f"{name}.master"])
             fields = {field: state[f"{name}.{field}"] for field in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{field}" in state}
             if fields:
-                self.adam.state[master] = {field: x.to(self._place(field, master), copy=True) for field, x in fields.items()}
+                self.moments[name] = {field: x.to(self._place(field, master), copy=True) for field, x in fields.items()}
             else:
-                self.adam.state.pop(master, None)
+                self.moments.pop(name, None)
         self._round()
 
     def _place(self, field: str, master: Tensor) -> torch.device:
-        on_cpu = field == "step" and not self.adam.defaults["fused"]  # where AdamW itself keeps its step counter
+        on_cpu = field == "step" and not self.fused  # where torch's AdamW keeps its step counter, too
         return torch.device("cpu") if on_cpu else master.device
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
