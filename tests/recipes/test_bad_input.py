@@ -270,6 +270,22 @@ def test_a_reward_function_that_fails_stops_the_run(trueline: Commands, toys: To
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_dropout_in_ppo(refused: Any) -> None:
+    sentence = "model.adapter.dropout and critic.adapter.dropout must be 0 in ppo, or rollout and training would differ"
+    for setting in ("model.adapter.dropout=0.1", "critic.adapter.dropout=0.1"):
+        assert sentence in refused("ppo", *KINDS["lora"], setting)
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_numbers_that_run_away_stop_the_run(trueline: Commands, toys: Toys, tmp_path: Path, stage: str) -> None:
+    """Before the update that would spoil the weights, and with what the step was made of."""
+    message = trueline(stage, toys.config(stage), f"run.output={tmp_path / 'run'}", "optimizer.lr=1e30").refused(1)
+    assert "is not finite; stopped before the update, the last checkpoint is sound. Lower optimizer.lr" in message
+    bad = json.loads((tmp_path / "run" / "bad-batch.json").read_text())
+    assert bad["tensor"] in message and bad["sequences"] and len(bad["sequences"][0]["tokens"]) == len(bad["sequences"][0]["trained"])
+    assert status(tmp_path / "run")["status"] == "failed" and not (tmp_path / "run" / "model").exists()
+
+
 def test_stored_references(trueline: Commands, toys: Toys, refused: Any, tmp_path: Path) -> None:
     stored = tmp_path / "reference.safetensors"
     settings = ["reference.kind=stored", f"reference.path={stored}"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import trueline as api
 from tests.recipes.commands import Commands
@@ -56,6 +57,24 @@ def test_a_plain_model_folder(toys: Toys, trueline: Commands, tmp_path: Path) ->
     (tmp_path / "out").mkdir()  # empty, so it may be written to
     trueline("export", toys.model("llama"), tmp_path / "out").ok()
     assert torch.equal(answers(tmp_path / "out"), answers(toys.model("llama")))
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float64"])
+def test_the_stored_number_format_is_kept(toys: Toys, trueline: Commands, tmp_path: Path, name: str) -> None:
+    """Of a whole model and of a merged one; an adapter stays as exact as it was trained."""
+    base, run, dtype = tmp_path / "base", tmp_path / "run", getattr(torch, name)
+    shutil.copytree(toys.model(), base)
+    save_file({n: t.to(dtype) for n, t in load_file(base / "model.safetensors").items()}, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps(json.loads((base / "config.json").read_text()) | {"torch_dtype": name}))
+    trueline("export", base, tmp_path / "copy").ok()
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "copy"))
+    assert all(torch.equal(before[n], after[n]) and after[n].dtype == dtype for n in before)
+    trueline("sft", toys.config("sft"), f"run.output={run}", f"model.path={base}", *KINDS["lora"]).ok()
+    trueline("export", run, tmp_path / "merged", "--merge").ok()
+    assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {dtype}
+    trueline("export", run, tmp_path / "alone").ok()
+    trained, kept = (load_file(folder / "adapter_model.safetensors") for folder in (run / "model", tmp_path / "alone"))
+    assert all(torch.equal(trained[n].to(kept[n].dtype), kept[n]) for n in trained)
 
 
 def test_mistakes(toys: Toys, trueline: Commands, runs: dict[str, Path], tmp_path: Path) -> None:

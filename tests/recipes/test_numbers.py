@@ -78,6 +78,16 @@ def test_a_weight_on_the_chosen_answers_likelihood(toys: Toys, trueline: Command
     assert mixed > plain + 1.0  # half of the several nats per token of an untrained model
 
 
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_recompute_changes_nothing_but_memory(toys: Toys, trueline: Commands, tmp_path: Path, stage: str) -> None:
+    for name in ("true", "false"):
+        dropout = ["model.adapter.dropout=0.2"] if stage == "sft" else []
+        settings = [f"run.output={tmp_path / name}", f"model.recompute={name}", *KINDS["lora"], *dropout]
+        trueline(stage, toys.config(stage), *settings).ok()
+    weights = {(tmp_path / name / "model" / "adapter_model.safetensors").read_bytes() for name in ("true", "false")}
+    assert len(weights) == 1
+
+
 def test_the_whole_chain(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
     """SFT, a reward model from it, PPO of the one by the other on one trunk, export, and an answer."""
     adapter = ["model.path={sft}", *KINDS["lora"]]

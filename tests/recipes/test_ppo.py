@@ -223,9 +223,9 @@ def test_with_adapters_one_trunk_is_held(toys: Toys, tmp_path: Path, judges: dic
     adapter = 2 * 4 * ((32 + 32) + (32 + 16) + (32 + 48) + (48 + 32))
     prefix = 2 * 2 * 4 * 2 * 8
 
-    def roles_of(adapter: dict[str, Any] | None, path: Path, judge: Path | None, **more: Any) -> Any:
+    def roles_of(adapter: dict[str, Any] | None, path: Path, judge: Path | None, init: str = "load", **more: Any) -> Any:
         reward = {"function": None, "model": str(judge)} if judge else {}
-        model = base | {"path": str(path)} | ({"adapter": adapter} if adapter else {})
+        model = base | {"path": str(path), "init": init} | ({"adapter": adapter} if adapter else {})
         return open_roles(config_of(toys, tmp_path, model=model, reward=reward, **more))
 
     fresh = roles_of(lora, toys.model(), judges["adapter"])
@@ -237,6 +237,7 @@ def test_with_adapters_one_trunk_is_held(toys: Toys, tmp_path: Path, judges: dic
     loaded = roles_of(lora, tuned / "model", judges["adapter"])
     assert loaded.trunks == 1 and held(loaded) == trunk + 4 * adapter + 2 * 32
     assert roles_of(lora, toys.model(), judges["whole"]).trunks == 2
+    assert roles_of(lora, toys.model(), judges["adapter"], init="random").trunks == 2  # not its base
     assert roles_of(lora, toys.model(), None, critic={"adapter": {"kind": "full"}}).trunks == 2
     assert roles_of(None, toys.model(), None).trunks == 3
     assert roles_of(None, toys.model(), judges["adapter"]).trunks == 4

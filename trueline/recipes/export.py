@@ -7,6 +7,7 @@ gets its final name. Left out: quantised formats, other tools' layouts.
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,13 +17,14 @@ from trueline.data.sample import Sample
 from trueline.data.stream import key
 from trueline.errors import RunError, UserError
 from trueline.families.export import save_folder
-from trueline.families.folder import resolve
-from trueline.families.peft import is_adapter
+from trueline.families.folder import open_folder, resolve
+from trueline.families.peft import adapter_base, is_adapter
 from trueline.model.adapters import merge_adapter
 from trueline.model.batch import pack
 from trueline.model.heads import LanguageModel
 from trueline.recipes.assemble import FOUND, Opened, make_scorer, open_model, publish
 
+Dtype = Literal["float32", "bfloat16", "float64"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.25}  # nats, or units of score; merging rounds once
 
 
@@ -39,13 +41,14 @@ def run(source: str, out: str, kind: str | None = None) -> None:
         raise UserError(f"{folder} is a whole model, so there is no adapter to write alone; leave --adapter out")
     if kind == "merge" and not adapted:
         raise UserError(f"{folder} is a whole model already, so there is nothing to merge; leave --merge out")
-    opened = open_model(ModelConfig(path=str(folder)), 0, with_head=True)
+    dtype = _dtype(folder, alone=adapted and kind != "merge")
+    opened = open_model(ModelConfig(path=str(folder), dtype=dtype), 0)
     before = probe(opened)
     temporary = target.with_name(f".{target.name}.unproven")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         write(opened, temporary, merge=kind == "merge")
-        worst = difference(before, probe(open_model(ModelConfig(path=str(temporary)), 0)))
+        worst = difference(before, probe(open_model(ModelConfig(path=str(temporary), dtype=dtype), 0)))
         limit = TOLERANCE[opened.decoder.embed.weight.dtype]
         if not worst <= limit:
             raise RunError(f"the export differs from {folder} by {worst:.3g} on probes, more than {limit:g}; nothing was left at {target}")
@@ -56,6 +59,15 @@ def run(source: str, out: str, kind: str | None = None) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
     what = "merged model" if kind == "merge" else "adapter" if adapted else "model"
     print(f"{target}: {what}, read back and equal (largest difference {worst:.2g})")
+
+
+def _dtype(folder: Path, alone: bool) -> Dtype:
+    """The stored number format, whatever this machine would compute in; an adapter `alone` is kept in float32 at least."""
+    config = open_folder(resolve(adapter_base(folder)[0]) if is_adapter(folder) else folder).config
+    stored = config.get("dtype") or config.get("torch_dtype")
+    if stored == "float64":
+        return "float64"
+    return "bfloat16" if stored == "bfloat16" and not alone else "float32"
 
 
 def finished_model(source: str) -> Path:

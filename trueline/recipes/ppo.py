@@ -43,6 +43,11 @@ class PolicyBatch:
     experience: ExperienceBatch | None
     ptx: Batch | None = None
 
+    @property
+    def batch(self) -> Batch | None:
+        """Its tokens, for the report on a step that went wrong."""
+        return self.ptx if self.experience is None else self.experience.batch
+
 
 @dataclass
 class Learning:

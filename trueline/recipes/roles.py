@@ -139,6 +139,8 @@ def _reward(config: PpoStageConfig, policy: Opened) -> tuple[Scorer | None, Open
 
 
 def _same_base(adapter: Path, policy: Opened) -> bool:
+    if policy.drawn is not None:
+        return False  # random weights are nobody's base
     name, fingerprint = adapter_base(adapter)
     if fingerprint is not None:
         return fingerprint == files_fingerprint(policy.folder.path)
