@@ -11,7 +11,7 @@ FLOORS = ("errors", "config", "data", "model", "families", "parallel", "rollout"
 LIBRARIES = {
     "errors": set(),
     "config": {"pydantic", "yaml"},
-    "data": {"numpy", "pyarrow", "tokenizers", "tiktoken", "sentencepiece"},
+    "data": {"numpy", "pyarrow", "tokenizers", "tiktoken"},
     "cli": {"typer"},
 }
 ORACLES = {"transformers", "peft", "accelerate", "datasets", "trl", "vllm"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trueline.errors import RunError, UserError
-from trueline.train.checkpoint import Checkpoint, choose, damage, load, newest, require_space, save, steps, tensor_bytes
+from trueline.train.checkpoint import Checkpoint, choose, damage, load, newest, remove_leftovers, require_space, save, steps, tensor_bytes
 
 STATE = {"samples": 12345678901234, "kl_coefficient": 0.1 + 0.2, "名": "状态", "nested": {"list": [1, 2.5, None, True]}}
 
@@ -186,3 +186,12 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(tmp_path: Path) 
     assert lines[2].startswith("disk full: the checkpoint of step 2 needs 5,242,880 bytes in ") and "step 1 is untouched" in lines[2]
     assert lines[1] == lines[3] == "['step-000001'] None"
     assert lines[4] == "['step-000002']"
+
+
+def test_what_a_kill_left_is_taken_away(tmp_path: Path) -> None:
+    for name in ("step-000004.tmp", "step-000002.old.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000004").mkdir()
+    remove_leftovers(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000004"]
+    remove_leftovers(tmp_path / "nothing")

@@ -20,7 +20,7 @@ from trueline.errors import Interrupted, RunError, UserError
 from trueline.model.batch import pack
 from trueline.parallel.world import World
 from trueline.train import checkpoint
-from trueline.train.run import Run, cut_log, due, lock, write_whole
+from trueline.train.run import Run, changed_settings, cut_log, due, lock, write_whole
 from trueline.train.step import NonFinite
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -319,3 +319,11 @@ def test_a_log_that_cannot_be_written_ends_the_run_with_a_sentence(tmp_path: Pat
         run.begin(0, 1)
         (tmp_path / "metrics.jsonl").mkdir()
         run.log(1, {"loss": 1.0})
+
+
+def test_changed_settings_are_named(tmp_path: Path) -> None:
+    saved = tmp_path / "config.yaml"
+    assert changed_settings(saved, "optimizer: {lr: 1}") == []  # nothing saved yet
+    saved.write_text("optimizer: {lr: 1, eps: 2}\nrun: {steps: 3}\n")
+    assert changed_settings(saved, "optimizer: {lr: 1, eps: 2}\nrun: {steps: 9}") == []
+    assert changed_settings(saved, "optimizer: {lr: 5}\nrun: {steps: 3}") == ["optimizer.eps", "optimizer.lr"]

@@ -159,11 +159,13 @@ def resume(
 
     UserError when the run would go on with other data, another order or another set of trained weights than it began with.
     """
+    checkpoint.remove_leftovers(run.folder)
     found, skipped = checkpoint.choose(run.folder, run.config.resume)
     for line in skipped:
         run.say(line)
     if found is None:
         return 0
+    checkpoint.tidy(run.folder, found, run.config.keep)
     tensors, state = checkpoint.load(found)
     changed = [name for name, value in order.items() if state["order"].get(name) != value]
     if changed:

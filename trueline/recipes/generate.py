@@ -142,5 +142,11 @@ def chat(model: str, settings: GenerateConfig) -> None:
         prompt = opened.folder.family.render(Conversation(tuple(messages)), tokens, open=True).tokens
         rollout = answer(language_model, opened, [prompt], settings, [key(settings.seed, "chat", turn)])[0]
         turn += 1
-        console.print("[bold]model>[/bold] " + escape((rollout.text or "").strip()))
-        messages.append(Message("assistant", (rollout.text or "").strip() or " "))
+        said_back = (rollout.text or "").strip()
+        console.print("[bold]model>[/bold] " + escape(printable(said_back)))
+        messages.append(Message("assistant", said_back or " "))
+
+
+def printable(text: str) -> str:
+    """Without control characters, with which a model could steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

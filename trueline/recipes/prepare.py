@@ -104,7 +104,7 @@ def _prepare(
     if data.eval_fraction:
         if len(train) < 2:
             raise UserError(f"data.eval_fraction needs at least 2 records, found {len(train)}; add records or set it to 0")
-        order = np.random.Generator(np.random.Philox(key(seed, "held-out"))).permutation(len(train))
+        order = np.argsort(np.random.Philox(key=key(seed, "held-out")).random_raw(len(train)), kind="stable")
         count = min(max(1, round(len(train) * data.eval_fraction)), len(train) - 1)
         chosen = set(order[:count].tolist())
         held_out = [item for i, item in enumerate(train) if i in chosen]

@@ -45,7 +45,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
     size = tensor_bytes(tensors)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(home)
+        remove_leftovers(folder)
         require_space(home, size, f"the checkpoint of step {step}")
         _write(part, step, tensors, _to_json(step, state))
         _publish(part, final)
@@ -138,6 +138,18 @@ def damage(path: Path) -> str | None:
     return None
 
 
+def tidy(folder: Path, newest: Checkpoint, keep: int) -> None:
+    """Finishes what a kill cut short: old checkpoints go, if `newest` (which has been verified) really is the newest there."""
+    if steps(folder)[-1:] == [newest.step]:
+        _prune(folder / "checkpoints", newest.step, keep)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Takes away what a kill inside a save or a pruning left; only the holder of the folder may."""
+    for path in (folder / "checkpoints").glob("step-*.tmp"):
+        shutil.rmtree(path)
+
+
 def require_space(folder: Path, size: int, what: str) -> None:
     """RunError when the disk of `folder` (made or not) has less than `size` bytes free for `what`."""
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -190,11 +202,6 @@ def _prune(home: Path, step: int, keep: int) -> None:
 def _give_up(path: Path) -> Path:
     """Takes its name away before it is removed, so that a kill half-way leaves no damaged step-N behind."""
     return path.rename(path.with_name(f"{path.name}.old.tmp"))
-
-
-def _remove_leftovers(home: Path) -> None:
-    for path in home.glob("step-*.tmp"):
-        shutil.rmtree(path)
 
 
 def _check_finite(step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

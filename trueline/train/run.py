@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
@@ -93,6 +94,7 @@ class Run:
         self.console = console or Console(soft_wrap=True)
         self.step = self.total = 0
         self._signal = 0
+        self._changed: list[str] = []
         self._before: dict[str, Any] = {}  # what run.json said when this run was opened
         self._status: dict[str, Any] = {}
         self._handlers: dict[int, Any] = {}
@@ -104,6 +106,7 @@ class Run:
 
     def __enter__(self) -> Self:
         self._before = read_status(self.folder)
+        self._changed = changed_settings(self.folder / CONFIG, self.text)
         self._refuse_what_is_not_ours()
         if self.world.first:
             self._closing.enter_context(lock(self.folder))
@@ -120,10 +123,18 @@ class Run:
             raise UserError(f"run.output: {self.folder} has a {strange[0]} that no run left there; choose another folder")
 
     def finished(self, step: int, total: int) -> bool:
-        """Whether an earlier start of this run came to its end at `step`, which is as far as it is to go; if so, says so."""
+        """Whether an earlier start of this run came to its end at `step`, which is as far as it is to go; if so, says so.
+
+        UserError when other settings are asked for than the finished run had: its model is not what they would make.
+        """
         ended = (self._before.get("status"), self._before.get("step")) == ("finished", step)
         if step < total or not ended or not (self.folder / "model").is_dir():
             return False
+        if self._changed:
+            raise UserError(
+                f"run.output: the run in {self.folder} is finished, with other settings than these ({', '.join(self._changed)}); "
+                "choose another run.output for a new run"
+            )
         self.say(f"this run is finished already, after {step} of {total} steps; its model is in {self.folder / 'model'}")
         return True
 
@@ -140,6 +151,8 @@ class Run:
             write_whole(self.folder / CONFIG, self.text)
             for name in (METRICS, SAMPLES):
                 cut_log(self.folder / name, step)
+        if step and self._changed:
+            self.say(f"settings changed since the run began: {', '.join(self._changed)}")
         self.say(f"{self.stage}: {total} steps, {self.folder}" if not step else f"{self.stage}: from step {step} of {total}, {self.folder}")
         if self.console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[shown]}"))
@@ -304,6 +317,27 @@ def read_status(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def changed_settings(path: Path, text: str) -> list[str]:
+    """Dotted keys whose values in the config `text` differ from those saved at `path`; the `run` section does not count."""
+    try:
+        saved = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    before, now = flat(saved), flat(yaml.safe_load(text))
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name) and not name.startswith("run."))
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping by dotted key.
+
+    >>> flat({"a": {"b": 1}, "c": 2})
+    {'a.b': 1, 'c': 2}
+    """
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    return {name: value for key, branch in tree.items() for name, value in flat(branch, f"{prefix}{key}.").items()}
 
 
 def write_whole(path: Path, text: str) -> None:
