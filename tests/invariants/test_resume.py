@@ -55,7 +55,8 @@ def bench(trueline: Commands, toys: Toys, tmp_path_factory: pytest.TempPathFacto
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The model and the checkpoints, byte for byte."""
-    return {str(p.relative_to(folder)): p.read_bytes() for part in ("model", "checkpoints") for p in (folder / part).rglob("*") if p.is_file()}
+    files = [p for part in ("model", "checkpoints") for p in (folder / part).rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
 def numbers(folder: Path) -> list[dict[str, object]]:

@@ -67,7 +67,8 @@ def open_folder(path: str | Path) -> ModelFolder:
         if (path / "adapter_config.json").is_file():
             hint = "; it is an adapter's folder, and adapter_config.json names its model"
         elif (path / "run.json").is_file():
-            hint = f"; it is a run's folder, whose model is {path / 'model'}" + ("" if (path / "model").is_dir() else " once it is finished")
+            hint = f"; it is a run's folder, whose model is {path / 'model'}"
+            hint += "" if (path / "model").is_dir() else " once it is finished"
         raise UserError(f"{path}: no config.json, so not a model folder{hint}")
     config = _read_json(path / "config.json")
     generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
