@@ -22,18 +22,19 @@ def heads(tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def test_growing_keeps_what_is_stored() -> None:
     held = memory(front=2)
     assert held.keys.numel() == 0
-    held.reserve(2, 3, limit=10)
+    held.reserve(2, 3, limit=3)
     assert held.keys.shape == held.values.shape == (2, 2, 2, 5, 3)
     q, k, v = heads(2, 0)
-    held.write(1, torch.tensor([1, 0]), torch.tensor([2, 0]), k, v)
-    held.reserve(3, 4, limit=10)
-    assert held.keys.shape == (2, 3, 2, 7, 3)  # by half, not by one column
+    held.write(1, torch.tensor([1, 0]), torch.tensor([4, 2]), k, v)
+    held.reserve(3, 4, limit=1000)
+    assert held.keys.shape == (2, 3, 2, 6 + 64, 3)  # room ahead, not one column
+    held.reserve(3, 198, limit=1000)
+    assert held.keys.shape == (2, 3, 2, 300, 3)  # by half again once that is more
     assert torch.equal(held.keys[1, 1, :, 4], k[0]) and torch.equal(held.values[1, 0, :, 2], v[1])
     assert held.keys.count_nonzero() == held.values.count_nonzero() == 2 * 2 * 3
-    held.reserve(1, 8, limit=8)
-    assert held.keys.shape == (2, 3, 2, 10, 3)
-    held.reserve(3, 8, limit=8)
-    assert held.keys.shape == (2, 3, 2, 10, 3)
+    for rows, length in ((1, 398), (3, 200), (2, 398)):
+        held.reserve(rows, length, limit=398)
+        assert held.keys.shape == (2, 3, 2, 400, 3)  # never beyond the limit, never smaller
 
 
 @pytest.mark.parametrize("prefix", [0, 3])

@@ -1,7 +1,4 @@
-"""Answers from the model being trained, many at once. One rule: schedule, run, collect; a request's answer never depends on the others.
-
-The forward is `Decoder.forward` on the parameters themselves, adapters included: there is no second copy of the weights to go stale.
-"""
+"""Answers from the model being trained, many at once. One rule: schedule, run, collect; a request's answer never depends on the others."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -14,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from trueline.errors import RunError
-from trueline.model.decoder import Prefix
+from trueline.model.decoder import Decoder, Prefix
 from trueline.model.heads import LanguageModel, accumulation_dtype
 from trueline.rollout.memory import Decode, Memory, Mixed, Prefill
+from trueline.rollout.packed import PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
 
 PROMPT_TOKENS = 8192  # prompt tokens in one forward, unless a single prompt is longer: bounds the activations
@@ -68,7 +66,7 @@ class Running:
         self.newest = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.newest)  # of the newest token
         self.made = torch.zeros_like(self.newest)
-        self.seed = torch.zeros_like(self.newest)
+        self.chances = torch.zeros(rows, max_new_tokens, dtype=torch.float64, device=device)  # the draw of each token
         self.tokens = torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, max_new_tokens, dtype=dtype, device=device)
 
@@ -80,14 +78,15 @@ class Running:
         """Tokens of the longest request, the newest included."""
         return max(self.starts, default=0) + self.steps
 
-    def add(self, requests: list[int], prompt_length: int, seeds: list[int]) -> None:
-        """Appends rows for requests with one prompt, which is being read."""
-        rows = slice(len(self), len(self) + len(requests))
+    def add(self, requests: list[int], prompt_lengths: list[int], seeds: list[int]) -> None:
+        """Appends rows for requests whose prompts are being read."""
+        device, rows = self.newest.device, slice(len(self), len(self) + len(requests))
         self.requests += requests
-        self.starts += [prompt_length - self.steps] * len(requests)
-        self.position[rows] = prompt_length - 1
+        self.starts += [n - self.steps for n in prompt_lengths]
+        self.position[rows] = torch.tensor(prompt_lengths, device=device) - 1
         self.made[rows] = 0
-        self.seed[rows] = seed_tensor(seeds, self.seed.device)
+        numbers = torch.arange(self.tokens.shape[1], device=device)
+        self.chances[rows] = uniforms(seed_tensor(seeds, device)[:, None], numbers)
 
     def extend(self, tokens: Tensor, logprobs: Tensor) -> None:
         """Every request gets its next token."""
@@ -109,7 +108,7 @@ class Running:
         if gaps:
             target, source = (torch.tensor(rows, device=self.newest.device) for rows in (gaps, movers))
             memory.copy(source, target, self.longest)
-            for state in (self.newest, self.position, self.made, self.seed, self.tokens, self.logprobs):
+            for state in (self.newest, self.position, self.made, self.chances, self.tokens, self.logprobs):
                 state[target] = state[source]
         for listed in (self.requests, self.starts):
             for gap, mover in zip(gaps, movers, strict=True):
@@ -130,21 +129,28 @@ class Engine:
         if running < 1:
             raise ValueError(f"running must be at least 1, not {running}")
         self.model, self.running = model, running
+        self.decoder: Decoder | PackedDecoder | None = None
+        self.state: list[tuple[int, int]] = []
         self.memory: Memory | None = None
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Memory grows as needed inside the `with`, serves every `generate` call in it, and is freed at its end."""
+        """Takes the weights as they are now, and makes room for keys and values as needed; all of it is let go at the end of the `with`.
+
+        In float32 on the CPU the weights are packed: as much memory again as the model's, for the length of the `with`.
+        """
         if self.memory is not None:
             raise RuntimeError("Engine.hold() is already active")
         decoder, role = self.model.decoder, self.model.role
         weight = decoder.embed.weight
         front = cast(Prefix, decoder.prefixes[role]).keys.shape[1] if role is not None and role in decoder.prefixes else 0
         self.memory = Memory(decoder.config, weight.dtype, weight.device, front)
+        self.decoder = PackedDecoder(decoder, role) if can_pack(decoder) else decoder
+        self.state = _state(decoder)
         try:
             yield
         finally:
-            self.memory = None
+            self.memory = self.decoder = None
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
@@ -152,8 +158,10 @@ class Engine:
 
         Raises ValueError for an empty prompt or a token outside the vocabulary, RunError when the model's numbers are not finite.
         """
-        if self.memory is None:
+        if self.memory is None or self.decoder is None:
             raise RuntimeError("Engine.generate() needs memory: call it inside `with engine.hold():`")
+        if _state(self.model.decoder) != self.state:
+            raise RuntimeError("the weights changed since `with engine.hold():`; hold anew after each update")
         _check(prompts, seeds, self.model.decoder.config.vocab_size)
         work = Work([list(p) for p in prompts], list(seeds), sampling)
         weight = self.model.decoder.embed.weight
@@ -163,31 +171,32 @@ class Engine:
         with _evaluating(self.model):
             while work.waiting or len(running):
                 admitted = work.admit(running.rows - len(running))  # schedule
-                logits = self._run(work, running, self.memory, admitted)
+                logits = _run(work, running, self.decoder, self.model.role, self.memory, admitted)
                 _collect(work, running, self.memory, logits, stops)
         return [work.answers[i] for i in range(len(prompts))]
 
-    def _run(self, work: Work, running: Running, memory: Memory, groups: list[list[int]]) -> Tensor:
-        """One forward over the running requests' newest tokens and the admitted prompts -> logits `[rows, V]` of what comes next."""
-        old, longest = len(running), running.longest
-        prompts = [work.prompts[group[0]] for group in groups]
-        for group, prompt in zip(groups, prompts, strict=True):
-            running.add(group, len(prompt), [work.seeds[i] for i in group])
-        memory.reserve(running.rows, running.longest, work.longest)
 
-        decoder = self.model.decoder
-        if not groups:
-            layout = Decode.of(running.position[:old], longest, memory)
-            hidden = decoder(running.newest[:old], layout, self.model.role)
-        else:
-            leaders = list(accumulate((len(group) for group in groups), initial=old))[:-1]
-            prefill = Prefill.of([len(p) for p in prompts], leaders, memory)
-            mixed = Mixed.of(Decode.of(running.position[:old], longest, memory), prefill) if old else prefill
-            read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
-            hidden = decoder(torch.cat((running.newest[:old], read)), mixed, self.model.role)
-            hidden = hidden[_share(groups, prompts, leaders, old, memory)]
-        logits: Tensor = cast(nn.Linear, decoder.head)(hidden)
-        return logits.to(accumulation_dtype(logits.dtype))
+def _run(
+    work: Work, running: Running, decoder: Decoder | PackedDecoder, role: str | None, memory: Memory, groups: list[list[int]]
+) -> Tensor:
+    """One forward over the running requests' newest tokens and the admitted prompts -> logits `[rows, V]` of what comes next."""
+    old, longest = len(running), running.longest
+    prompts = [work.prompts[group[0]] for group in groups]
+    if admitted := [i for group in groups for i in group]:
+        running.add(admitted, [len(work.prompts[i]) for i in admitted], [work.seeds[i] for i in admitted])
+    memory.reserve(running.rows, running.longest, work.longest)
+
+    if not groups:
+        hidden = decoder(running.newest[:old], Decode.of(running.position[:old], longest, memory), role)
+    else:
+        leaders = list(accumulate((len(group) for group in groups), initial=old))[:-1]
+        prefill = Prefill.of([len(p) for p in prompts], leaders, memory)
+        layout = Mixed.of(Decode.of(running.position[:old], longest, memory), prefill) if old else prefill
+        read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
+        hidden = decoder(torch.cat((running.newest[:old], read)), layout, role)
+        hidden = hidden[_share(groups, prompts, leaders, old, memory)]
+    logits: Tensor = cast(nn.Linear, decoder.head)(hidden)
+    return logits.to(accumulation_dtype(logits.dtype))
 
 
 def _share(groups: list[list[int]], prompts: list[list[int]], leaders: list[int], old: int, memory: Memory) -> Tensor:
@@ -210,19 +219,19 @@ def _share(groups: list[list[int]], prompts: list[list[int]], leaders: list[int]
 def _collect(work: Work, running: Running, memory: Memory, logits: Tensor, stops: Tensor) -> None:
     """Draws every request's next token, and lets the finished requests go."""
     n, sampling = len(running), work.sampling
-    tokens, chances = draw(logits, uniforms(running.seed[:n], running.made[:n]), sampling)
-    running.extend(tokens, chances)
+    tokens, logprobs = draw(logits, running.chances[:n].gather(1, running.made[:n, None])[:, 0], sampling)
+    running.extend(tokens, logprobs)
     finished = stops[tokens] | (running.made[:n] == sampling.max_new_tokens)
     gone: list[int] = finished.nonzero()[:, 0].tolist()  # the one question to the device in a step
     if not gone:
         return
     for row, made in zip(gone, running.made[gone].tolist(), strict=True):
         request = running.requests[row]
-        answer, logprobs = running.tokens[row, :made].tolist(), running.logprobs[row, :made]
-        if not logprobs.isfinite().all():
+        answer, chosen = running.tokens[row, :made].tolist(), running.logprobs[row, :made]
+        if not chosen.isfinite().all():
             raise RunError(f"the model's logits are not finite for prompt {request}: its weights have diverged or were damaged")
         finish: Literal["stop", "length"] = "stop" if answer[-1] in sampling.stop else "length"
-        work.answers[request] = Rollout(work.prompts[request], answer, logprobs.tolist(), finish)
+        work.answers[request] = Rollout(work.prompts[request], answer, chosen.tolist(), finish)
     running.remove(gone, memory)
 
 
@@ -246,3 +255,8 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _state(decoder: Decoder) -> list[tuple[int, int]]:
+    """Differs once a parameter was written to or replaced."""
+    return [(p.data_ptr(), 0 if p.is_inference() else p._version) for p in decoder.parameters()]

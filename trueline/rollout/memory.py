@@ -9,6 +9,8 @@ from trueline.model.attention import decode_attention
 from trueline.model.decoder import DecoderConfig
 from trueline.model.layout import Packed
 
+AHEAD = 64  # columns reserved ahead, at least: growing copies
+
 
 class Memory:
     """Keys and values `[L, rows, G, columns, d]`: a row per request, a column per token; P-tuning's prefix takes the first `front` columns.
@@ -23,13 +25,13 @@ class Memory:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def reserve(self, rows: int, length: int, limit: int) -> None:
-        """Room for `rows` requests of `length` tokens. Grows by half at least, up to `limit`: most answers stop long before."""
+        """Room for `rows` requests of `length` tokens, and for some more up to `limit`: most answers stop long before."""
         layers, old_rows, heads, old_columns, size = self.keys.shape
         columns = self.front + length
         if rows <= old_rows and columns <= old_columns:
             return
         if columns > old_columns:
-            columns = max(columns, min(old_columns + old_columns // 2, self.front + limit))
+            columns = max(columns, min(columns + max(columns // 2, AHEAD), self.front + limit))
         shape = (layers, max(rows, old_rows), heads, max(columns, old_columns), size)
         for name in ("keys", "values"):  # one after the other: only one of them is held twice
             old = getattr(self, name)
@@ -37,10 +39,10 @@ class Memory:
             new[:, :old_rows, :, :old_columns] = old
             setattr(self, name, new)
 
-    def write(self, layer: int, rows: Tensor, positions: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores `k`, `v` `[T, G, d]` of the tokens at `positions` `[T]` of `rows` `[T]`."""
-        self.keys[layer, rows, :, positions + self.front] = k
-        self.values[layer, rows, :, positions + self.front] = v
+    def write(self, layer: int, rows: Tensor, columns: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores `k`, `v` `[T, G, d]` at `rows` `[T]`, `columns` `[T]`."""
+        self.keys[layer, rows, :, columns] = k
+        self.values[layer, rows, :, columns] = v
 
     def write_prefix(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores a learned prefix `[P, G, d]` in front of `rows` `[T]`."""
@@ -62,25 +64,27 @@ class Prefill:
     memory: Memory
     leaders: Tensor  # row of each prompt [N]
     rows: Tensor  # row of each token [T]
+    columns: Tensor  # where each token is stored [T]
 
     @staticmethod
     def of(lengths: list[int], rows: list[int], memory: Memory) -> "Prefill":
         device = memory.keys.device
         leaders = torch.tensor(rows, device=device)
         of_token = leaders.repeat_interleave(torch.tensor(lengths, device=device))
-        return Prefill(Packed.of(lengths, device=device), memory, leaders, of_token)
+        inner = Packed.of(lengths, device=device)
+        return Prefill(inner, memory, leaders, of_token, inner.positions + memory.front)
 
     @property
     def positions(self) -> Tensor:
         return self.inner.positions
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.memory.write(layer, self.rows, self.positions, k, v)
+        self.memory.write(layer, self.rows, self.columns, k, v)
         return self.inner.attend(layer, q, k, v)
 
     def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         self.memory.write_prefix(layer, self.leaders, keys, values)
-        self.memory.write(layer, self.rows, self.positions, k, v)
+        self.memory.write(layer, self.rows, self.columns, k, v)
         return self.inner.attend_prefixed(layer, q, k, v, keys, values)
 
 
@@ -91,23 +95,25 @@ class Decode:
     positions: Tensor  # [N]
     memory: Memory
     rows: Tensor  # 0 .. N - 1
+    columns: Tensor  # where each token is stored [N]
     mask: Tensor  # [N, G, 1, columns read], minus infinity behind each request's newest token
+    past: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer [N, G, columns read, d], views of the memory
 
     @staticmethod
     def of(positions: Tensor, longest: int, memory: Memory) -> "Decode":
         """`longest` is 1 + the largest position, known without asking the device."""
         keys = memory.keys
-        columns = torch.arange(memory.front + longest, device=keys.device)
-        unseen = columns > positions[:, None] + memory.front
+        columns = positions + memory.front
+        unseen = torch.arange(memory.front + longest, device=keys.device) > columns[:, None]
         mask = torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
         # repeated for each head once, for all layers
         mask = mask[:, None, None].expand(-1, keys.shape[2], -1, -1).contiguous()
-        return Decode(positions, memory, torch.arange(len(positions), device=keys.device), mask)
+        views = (part[:, : len(positions), :, : memory.front + longest].unbind() for part in (keys, memory.values))
+        return Decode(positions, memory, torch.arange(len(positions), device=keys.device), columns, mask, tuple(zip(*views, strict=True)))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.memory.write(layer, self.rows, self.positions, k, v)
-        past = (slice(len(q)), slice(None), slice(self.mask.shape[-1]))
-        return decode_attention(q, self.memory.keys[layer][past], self.memory.values[layer][past], self.mask)
+        self.memory.write(layer, self.rows, self.columns, k, v)
+        return decode_attention(q, *self.past[layer], self.mask)
 
     def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return self.attend(layer, q, k, v)  # the prompt left the prefix in memory

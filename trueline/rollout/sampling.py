@@ -45,7 +45,7 @@ class Rollout:
 
 
 def uniforms(seeds: Tensor, numbers: Tensor) -> Tensor:
-    """A uniform number in [0, 1) for each (seed, token number): int64 `[N]`, int64 `[N]` -> float64 `[N]`.
+    """A uniform number in [0, 1) for each (seed, token number), int64 of shapes that broadcast -> float64.
 
     SplitMix64's output function (Steele, Lea and Flood 2014), once over the seed and once over seed and counter: no generator state.
     """
@@ -64,33 +64,32 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """`sample`, and the tokens' log-probabilities `[N]` as `Rollout` defines them. Overwrites `logits`: a copy costs more than the draw."""
-    tokens = logits.argmax(-1) if sampling.temperature == 0 else None
+    """`sample`, and the tokens' log-probabilities `[N]` as `Rollout` defines them. May overwrite `logits`."""
     if sampling.temperature not in (0, 1):
         logits /= sampling.temperature
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()  # probabilities up to a factor
-    sums = _block_sums(weights)
-    if tokens is None:
-        if sampling.top_k:
-            tokens = _nucleus(weights.topk(min(sampling.top_k, weights.shape[-1])), uniforms, sampling.top_p)
-        elif sampling.top_p < 1:
-            tokens = _top_p(weights, uniforms, sampling.top_p, sums[:, -1], CANDIDATES)
-        else:
-            tokens = _inverse_cdf(weights, sums, uniforms)
-    logprobs = (weights.gather(-1, tokens[:, None])[:, 0] / sums[:, -1]).log()
-    return tokens, logprobs.to(logits.dtype)
+    weights = logits.softmax(-1)
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1)  # of the logits: probabilities may have rounded to a tie
+    elif sampling.top_k:
+        tokens = _nucleus(weights.topk(min(sampling.top_k, weights.shape[-1])), uniforms, sampling.top_p)
+    elif sampling.top_p < 1:
+        tokens = _top_p(weights, uniforms, sampling.top_p, CANDIDATES)
+    else:
+        tokens = _inverse_cdf(weights, uniforms)
+    return tokens, weights.gather(-1, tokens[:, None])[:, 0].log()
 
 
-def _top_p(weights: Tensor, uniforms: Tensor, top_p: float, total: Tensor, candidates: int) -> Tensor:
+def _top_p(weights: Tensor, uniforms: Tensor, top_p: float, candidates: int) -> Tensor:
     """Top-p alone. Sorting a whole vocabulary costs more than a small model's forward, and the nucleus is small most of the time."""
     candidates = min(candidates, weights.shape[-1])
     top = weights.topk(candidates)
+    total = weights.sum(-1)
     tokens = _nucleus(top, uniforms, top_p, total)
     if candidates < weights.shape[-1]:
         # row by row, or a request's candidates, and with ties its token, would depend on its neighbours
-        short = (top.values.sum(-1, dtype=torch.float64) < top_p * total).nonzero()[:, 0]
+        short = (top.values.sum(-1) < top_p * total).nonzero()[:, 0]
         if len(short):
-            tokens[short] = _top_p(weights[short], uniforms[short], top_p, total[short], 16 * candidates)
+            tokens[short] = _top_p(weights[short], uniforms[short], top_p, 16 * candidates)
     return tokens
 
 
@@ -101,26 +100,18 @@ def _nucleus(top: "torch.return_types.topk", uniforms: Tensor, top_p: float, tot
         cumulative = values.cumsum(-1, dtype=torch.float64)
         before = pad(cumulative[:, :-1], (1, 0))
         values = values.masked_fill(before >= top_p * (cumulative[:, -1] if total is None else total)[:, None], 0)
-    return top.indices.gather(-1, _inverse_cdf(values, _block_sums(values), uniforms)[:, None])[:, 0]
+    return top.indices.gather(-1, _inverse_cdf(values, uniforms)[:, None])[:, 0]
 
 
-def _blocks(weights: Tensor) -> Tensor:
-    """`[N, V]` -> `[N, blocks, BLOCK]`, filled up with zeros."""
-    missing = -weights.shape[-1] % BLOCK
-    return (pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, BLOCK))
-
-
-def _block_sums(weights: Tensor) -> Tensor:
-    """Cumulative weight at the end of each block `[N, blocks]` float64; the last is the total."""
-    return _blocks(weights).sum(-1, dtype=torch.float64).cumsum(-1)
-
-
-def _inverse_cdf(weights: Tensor, sums: Tensor, uniforms: Tensor) -> Tensor:
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     """First index whose cumulative weight exceeds `uniforms` x the sum; never one of weight 0. `weights` `[N, V]` -> `[N]`."""
+    missing = -weights.shape[-1] % BLOCK
+    blocks = (pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, BLOCK))
+    sums = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * sums[:, -1:]
     block = _first_above(sums, target)
     target = target - pad(sums, (1, 0)).gather(-1, block)
-    inside = _blocks(weights).gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
+    inside = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(-1, dtype=torch.float64)
     found = block * BLOCK + _first_above(inside, target)
     return found[:, 0].clamp_(max=weights.shape[-1] - 1)  # reached by numbers that are not finite only; the engine reports them
 

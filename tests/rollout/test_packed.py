@@ -1,0 +1,90 @@
+"""The packed decoder is the decoder: the same logits, in float32, for every choice a family makes."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trueline.config.schema import AdapterConfig
+from trueline.model.adapters import add_adapter
+from trueline.model.decoder import Decoder, DecoderConfig, init_weights
+from trueline.model.layout import Packed
+from trueline.rollout.packed import PackedDecoder, can_pack
+
+CONFIG = DecoderConfig(vocab_size=70, hidden_size=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, mlp_size=40, init_std=0.3)
+CONFIGS = {
+    "qwen2": CONFIG,
+    "glm4": replace(CONFIG, rope="interleaved", rope_dim=4, norm_eps=1.5625e-7),
+    "glm4_unbiased": replace(CONFIG, rope="interleaved", rope_dim=8, qkv_bias=False, num_kv_heads=6),
+    "llama": replace(CONFIG, qkv_bias=False, tied_embeddings=True, rope_theta=5e5, norm_eps=1e-3),
+    "llama_biased": replace(CONFIG, o_bias=True, mlp_bias=True),
+    "part_of_half": replace(CONFIG, rope_dim=6),
+}
+ADAPTERS = {
+    "base": None,
+    "lora": AdapterConfig(kind="lora", rank=3, alpha=6.0, dropout=0.5, targets=("q", "k", "v", "o", "gate", "up", "down")),
+    "some_lora": AdapterConfig(kind="lora", rank=2, targets=("k", "down")),
+    "ptuning": AdapterConfig(kind="ptuning", tokens=5),
+}
+
+
+def make(config: DecoderConfig, adapter: str = "base") -> tuple[Decoder, str | None]:
+    """Every weight random, biases and norms too."""
+    decoder, chosen = Decoder(config), ADAPTERS[adapter]
+    init_weights(decoder, torch.Generator().manual_seed(0))
+    if chosen is not None:
+        for role in ("policy", "critic"):
+            add_adapter(decoder, role, chosen, 0)
+    draw = torch.Generator().manual_seed(1)
+    for name, parameter in decoder.named_parameters():
+        if parameter.dim() == 1 or ".adapters." in name or name.startswith("prefixes"):
+            parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.2 + ("norm" in name))
+    return decoder, "policy" if chosen else None
+
+
+@torch.no_grad()
+def difference(decoder: Decoder, role: str | None, lengths: list[int]) -> float:
+    """Largest difference of logits relative to their spread."""
+    layout = Packed.of(lengths)
+    tokens = torch.randint(0, 70, (sum(lengths),), generator=torch.Generator().manual_seed(2))
+    wide = decoder.double().eval()
+    expected = wide.head(wide(tokens, layout, role))  # type: ignore[misc]
+    packed = PackedDecoder(decoder.float(), role)
+    got = packed.head(packed(tokens, layout, role))
+    assert got.dtype == torch.float32 and got.shape == expected.shape
+    return float((got - expected).abs().max() / expected.std())
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("config", CONFIGS)
+def test_packed_logits_are_the_decoders(config: str, adapter: str) -> None:
+    decoder, role = make(CONFIGS[config], adapter)
+    assert can_pack(decoder)
+    assert difference(decoder, role, [5, 1, 9, 4]) < 2e-5
+    if role is not None:
+        assert difference(decoder, None, [5, 1, 9, 4]) < 2e-5  # without the role, without its adapter
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 63, 64, 65, 200, 256, 257, 333, 600])
+def test_any_number_of_rows(rows: int) -> None:
+    decoder, _ = make(CONFIG)
+    assert difference(decoder, None, [1] * (rows % 50) + [rows - rows % 50] * (rows >= 50)) < 2e-5
+
+
+def test_packing_leaves_the_decoder_alone() -> None:
+    decoder, role = make(CONFIG, "lora")
+    decoder.train()
+    before = {name: p.clone() for name, p in decoder.named_parameters()}
+    names = [name for name, _ in decoder.named_modules()]
+    PackedDecoder(decoder, role)
+    assert [name for name, _ in decoder.named_modules()] == names and decoder.training
+    for name, p in decoder.named_parameters():
+        assert torch.equal(p, before[name]) and p.requires_grad and p.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_only_float32_is_packed(dtype: torch.dtype) -> None:
+    decoder, _ = make(CONFIG)
+    assert not can_pack(decoder.to(dtype))
+    with torch.device("meta"):
+        assert not can_pack(Decoder(CONFIG))
