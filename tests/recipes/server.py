@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import torch
-import torch._dynamo  # AdamW loads it at its first step
 
 import trueline.recipes.demo  # noqa: F401  loads every recipe
 from trueline import cli

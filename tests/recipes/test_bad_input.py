@@ -322,9 +322,19 @@ def test_an_output_folder_that_is_taken(trueline: Commands, toys: Toys, tmp_path
     assert "cannot be used as a folder" in trueline("sft", toys.config("sft"), f"run.output={own / 'samples.jsonl'}").refused()
 
 
+@pytest.mark.parametrize("limit", [350, 600, 1500])
+@pytest.mark.parametrize("stage", ["dpo", "ppo"])
+def test_a_full_disk_from_the_start(trueline: Commands, toys: Toys, tmp_path: Path, stage: str, limit: int) -> None:
+    """Already the reference, the status, the configuration or the log does not fit."""
+    folder = tmp_path / "run"
+    message = trueline(stage, toys.config(stage), f"run.output={folder}", file_limit=limit).refused(1)
+    assert len(message.splitlines()) == 1 and ("disk full" in message or "disk is full" in message)
+    assert [p for p in folder.rglob("*") if ".tmp" in p.name] == []
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk(trueline: Commands, toys: Toys, tmp_path: Path, stage: str) -> None:
-    """A limit on a file's size stands for the disk's end: at the first checkpoint, and at the finished model."""
+    """A limit on a file's size stands for the disk's end; here it comes with the first checkpoint."""
     folder = tmp_path / "run"
     message = trueline(stage, toys.config(stage), f"run.output={folder}", file_limit=60_000).refused(1)
     assert message.startswith("disk full: ") and len(message.splitlines()) == 1, message

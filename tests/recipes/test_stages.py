@@ -1,6 +1,9 @@
 """Every stage with every kind of adapter on every family: the folder a run leaves, and that its model is the one that was trained."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import trueline as api
-from tests.recipes.commands import Commands
+from tests.recipes.commands import ROOT, Commands
 from tests.recipes.reading import PROBES, metrics, status, trained
 from tests.recipes.toys import FAMILIES, KINDS, STAGES, Toys
 from trueline.config.load import load_config
@@ -59,6 +62,7 @@ def test_a_run_leaves_its_folder_and_its_model(finished: Finished, toys: Toys, s
     assert [line["step"] for line in logged] == [1, 2] and all(NAMES[stage] <= line.keys() for line in logged)
     assert None not in logged[0].values() and None not in logged[1].values()  # what is not finite is written as null
     at_the_start(stage, logged[0])
+    assert {p.stat().st_mode & 0o777 for p in (folder / "model").iterdir()} == {(folder / "config.yaml").stat().st_mode & 0o777}
     found = status(folder)
     assert found["status"] == "finished" and found["step"] == found["total"] == 2 and len(found["parents"][str(toys.model(family))]) == 64
     assert checkpoint.steps(folder) == [1, 2] and not any(checkpoint.damage(p) for p in (folder / "checkpoints").iterdir())
@@ -125,6 +129,15 @@ def test_the_resolved_configuration_repeats_the_run(
     assert len(weights) >= 5 and all((first / p).read_bytes() == (again / p).read_bytes() for p in weights)
     if stage == "ppo":
         assert (first / "samples.jsonl").read_bytes() == (again / "samples.jsonl").read_bytes()
+
+
+def test_a_real_process_does_the_same(finished: Finished, tmp_path: Path) -> None:
+    """The other tests fork a process that has imported everything; this one starts Python, as a person does."""
+    first, again = finished("sft", "qwen2", "full"), tmp_path / "again"
+    command = [sys.executable, "-m", "trueline", "sft", str(first / "config.yaml"), f"run.output={again}"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and not done.stderr and done.stdout.startswith(f"sft: 2 steps, {again}\n")
+    assert (again / "model" / "model.safetensors").read_bytes() == (first / "model" / "model.safetensors").read_bytes()
 
 
 def test_random_weights_train_and_publish_their_base(toys: Toys, trueline: Commands, tmp_path: Path) -> None:

@@ -71,8 +71,10 @@ def save_folder(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write(temporary, decoder, folder, tokenizer, score, shard_bytes)
-        for path in (*temporary.iterdir(), temporary):
+        for path in temporary.iterdir():
+            path.chmod((temporary / "config.json").stat().st_mode)  # safetensors' own are for their writer's eyes only
             _sync(path)
+        _sync(temporary)
         _publish(temporary, out)
     except (OSError, SafetensorError) as problem:
         reason = "the disk is full; free some space and start the same command again" if disk_full(problem) else problem

@@ -171,6 +171,7 @@ def _write_folder(out: Path, tensors: dict[str, Tensor], options: dict[str, Any]
         for name, path in files.items():
             shutil.copyfile(path, new / name)
         for file in new.iterdir():
+            file.chmod((new / CONFIG).stat().st_mode)  # safetensors' own are for their writer's eyes only
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
         shutil.rmtree(old, ignore_errors=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trueline.data.sample import Pair
 from trueline.data.stream import plan
-from trueline.errors import UserError
+from trueline.errors import RunError, UserError, disk_full
 from trueline.families.folder import fingerprint
 from trueline.model.adapters import adapter_parameters, base_parameters
 from trueline.model.batch import pack_pairs
@@ -56,10 +56,16 @@ def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
 
 def store_reference(path: Path, logprobs: Tensor, model: str, pairs: str) -> None:
     """Writes `logprobs` `[pairs, 2]` with both fingerprints, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({"logprobs": logprobs.contiguous()}, temporary, metadata={"reference": model, "pairs": pairs})
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"logprobs": logprobs.contiguous()}, temporary, metadata={"reference": model, "pairs": pairs})
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = "the disk is full; free some space and start the same command again" if disk_full(error) else error
+        raise RunError(f"{path}: the reference could not be written ({reason}); nothing was left there") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def stored_reference(path: Path, model: str, pairs: str) -> Tensor:

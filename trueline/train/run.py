@@ -343,11 +343,14 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 def write_whole(path: Path, text: str) -> None:
     """Replaces `path` by `text` at once: whoever reads it sees the old text or the new."""
     part = path.with_name(path.name + ".tmp")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def cut_log(path: Path, step: int) -> None:
