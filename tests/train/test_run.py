@@ -96,6 +96,19 @@ def test_after_a_resume_each_step_is_in_the_log_once(tmp_path: Path) -> None:
     assert status(tmp_path)["resumed_from"] == 5
 
 
+def test_another_number_of_threads_is_told(tmp_path: Path) -> None:
+    for changed in (0, 1):
+        with opened(tmp_path) as run:
+            run.begin(0, 10)
+            run.log(3, {"loss": 1.0})
+        found = status(tmp_path)
+        (tmp_path / "run.json").write_text(json.dumps(found | {"threads": found["threads"] + changed}))
+        screen = io.StringIO()
+        with opened(tmp_path, Console(file=screen, soft_wrap=True)) as run:
+            run.begin(3, 10)
+        assert ("sums are taken in another order" in screen.getvalue()) == bool(changed)
+
+
 def test_a_fresh_start_empties_the_log(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 0, "split": "eval"}\n{"step": 1}\n')

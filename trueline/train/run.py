@@ -151,6 +151,9 @@ class Run:
             write_whole(self.folder / CONFIG, self.text)
             for name in (METRICS, SAMPLES):
                 cut_log(self.folder / name, step)
+        before, now = self._before.get("threads"), torch.get_num_threads()
+        if step and before not in (None, now):
+            self.say(f"{before} threads before, {now} now: sums are taken in another order, so the last bits will not be the same")
         if step and self._changed:
             self.say(f"settings changed since the run began: {', '.join(self._changed)}")
         self.say(f"{self.stage}: {total} steps, {self.folder}" if not step else f"{self.stage}: from step {step} of {total}, {self.folder}")
@@ -254,6 +257,7 @@ class Run:
             "resumed_from": self.step or None,
             "seed": self.config.seed,
             "device": str(self.world.device),
+            "threads": torch.get_num_threads(),
             "ranks": self.world.size,
             "versions": versions,
             "parents": dict(parents),
