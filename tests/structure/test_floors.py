@@ -7,11 +7,11 @@ import pytest
 
 from tests.structure.tree import functions, imports, modules
 
-FLOORS = ("errors", "config", "data", "model", "families", "parallel", "rollout", "train", "recipes", "api", "cli")
+FLOORS = ("errors", "config", "data", "model", "families", "parallel", "rollout", "train", "interchange", "recipes", "api", "cli")
 LIBRARIES = {
     "errors": set(),
     "config": {"pydantic", "yaml"},
-    "data": {"numpy", "pyarrow", "tokenizers", "tiktoken"},
+    "data": {"numpy", "pyarrow", "tokenizers", "tiktoken", "sentencepiece"},
     "cli": {"typer"},
 }
 ORACLES = {"transformers", "peft", "accelerate", "datasets", "trl", "vllm"}

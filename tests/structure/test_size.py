@@ -5,7 +5,7 @@ import ast
 from tests.structure.tree import PACKAGE, functions, modules
 
 BANNED_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
-FILE_LINES, FUNCTION_LINES, RECIPE_LINES, PRODUCT_LINES = 400, 60, 100, 10_000
+FILE_LINES, FUNCTION_LINES, RECIPE_LINES, PRODUCT_LINES = 400, 60, 100, 12_000
 RECORD_BASES = {"Config"}  # the config base counts as a library's
 
 
