@@ -9,7 +9,7 @@ USABLE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < 
 FIND_PYTHON = for p in $(CANDIDATES); do if $$p -c "$(USABLE)" > /dev/null 2>&1; then echo $$p; break; fi; done
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 MEASUREMENTS = $(sort $(wildcard bench/*.py))
-PEERS = $(sort $(wildcard bench/peers/*.py))
+PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint frozen bench bench-peers
@@ -53,6 +53,10 @@ bench: $(READY) ## measure trueline; JSON lines
 	@test -n "$(MEASUREMENTS)" || { echo "no measurements in bench/" >&2; exit 1; }
 	@set -e; for file in $(MEASUREMENTS); do echo "# $$file" >&2; $(BIN)/python $$file; done
 
-bench-peers: $(READY) ## measure trueline beside other libraries; JSON lines
-	@test -n "$(PEERS)" || { echo "no measurements in bench/peers/" >&2; exit 1; }
-	@set -e; for file in $(PEERS); do echo "# $$file" >&2; $(BIN)/python $$file; done
+bench-peers: $(READY) $(PEERS)/.ready ## measure trueline beside TRL, in an environment of its own; JSON lines and a table
+	$(BIN)/python bench/peers/compare.py --environment $(PEERS)
+
+$(PEERS)/.ready: bench/peers/requirements.txt
+	$(BIN)/python -m venv --clear $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --requirement bench/peers/requirements.txt
+	@touch $@
