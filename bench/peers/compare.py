@@ -1,7 +1,8 @@
 """trueline beside TRL on the same model, records and step size. One rule: equal losses first, then alternating runs.
 
-`python bench/peers/compare.py --environment DIR [--rounds N] [--steps N] [--threads N] [--only NAME]`; `make bench-peers` makes the environment
-(TRL 1.16) and calls this. Prints a JSON line for each reading and ends with a table: median of the steps after the first, spread over rounds.
+`python bench/peers/compare.py --environment DIR [--rounds N] [--steps N] [--threads N] [--only NAME]`; `make bench-peers` makes the
+environment (TRL 1.16) and calls this. Prints a JSON line for each reading and ends with a table: tokens per second of the steps after the
+first, the median and the spread over rounds.
 """
 
 import argparse
@@ -104,7 +105,8 @@ def main() -> None:
         write_records(place / "records.json", count, vocabulary)
         records = draw_records(count, vocabulary)
         rows = [compare(case, place, given.environment, given, records) for case in CASES if given.only in case.name]
-    print("\n| case | trueline, tokens/s | TRL, tokens/s | ratio | spread | peak MB, trueline | peak MB, TRL |\n|---|---|---|---|---|---|---|")
+    print("\n| case | trueline, tokens/s | TRL, tokens/s | ratio | spread | peak MB, trueline | peak MB, TRL |")
+    print("|---|---|---|---|---|---|---|")
     for r in rows:
         print(f"| {r['case']} | {r['ours']:,.0f} | {r['theirs']:,.0f} | {r['ratio']:.2f} | {r['spread']:.0%} "
               f"| {r['peaks']['ours']:,} | {r['peaks']['theirs']:,} |")  # fmt: skip

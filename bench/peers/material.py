@@ -1,4 +1,4 @@
-"""What every side of the comparison trains on: one random model, and records with alpaca-like lengths. Needs torch and transformers only."""
+"""What every side of the comparison trains on: one random model, and records of alpaca-like lengths. Needs torch and transformers."""
 
 import json
 from pathlib import Path
