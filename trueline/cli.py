@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from trueline import __version__
-from trueline.errors import Interrupted, RunError, UserError, disk_full
+from trueline.errors import Interrupted, RunError, UserError, disk_full, out_of_memory
 
 app = typer.Typer(
     help="Align language models: fine-tuning, reward models, PPO and DPO, and everything around them.",
@@ -237,7 +237,7 @@ def _sentence(error: Exception) -> str:
         return f"the disk is full{f' (writing {error.filename})' if error.filename else ''}; make room and run the same command again"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {(error.strerror or str(error)).lower()}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         return "out of memory; lower batch.max_tokens (or rollout.running), set model.recompute=true, or train an adapter"
     first = str(error).strip().partition("\n")[0]
     report = "run again with TRUELINE_DEBUG=1 and report it with the traceback"

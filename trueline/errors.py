@@ -39,3 +39,8 @@ def disk_full(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in NO_ROOM
     return any(f"os error {number})" in str(error) for number in NO_ROOM)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: Python's, an accelerator's (by name: this floor has no torch), or the CPU allocator's."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)

@@ -54,7 +54,7 @@ class ModelConfig(Config):
     init: Literal["load", "random"] = "load"
     """Read the weights, or draw them at random from the model's config (experiments)."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Number format of the weights; auto is float32 on CPU and bfloat16 on an accelerator."""
+    """Number format of the weights; auto: bfloat16 on an accelerator, and to train (not in ppo) on a CPU with AMX from width 256 on."""
     adapter: AdapterConfig = AdapterConfig()
     """What is trained."""
     recompute: bool = False

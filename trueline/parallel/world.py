@@ -64,6 +64,12 @@ def find_device(local: int = 0) -> torch.device:
     return torch.device(accelerator.type, local)
 
 
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in its own tiles (AMX) and torch uses them."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch's own test, without a public name
+    return supported is not None and bool(supported()) and torch.backends.mkldnn.is_available()
+
+
 def stop(world: World) -> None:
     """Leaves the group `start` joined."""
     if world.size > 1 and dist.is_initialized():

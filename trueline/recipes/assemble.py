@@ -8,11 +8,12 @@ import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from trueline.config.schema import AdapterConfig, ModelConfig
+from trueline.config.schema import AdapterConfig, ModelConfig, StageConfig
 from trueline.data.stream import key
 from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from trueline.errors import UserError
@@ -23,9 +24,12 @@ from trueline.families.peft import Base, adapter_base, adapter_score, is_adapter
 from trueline.model.adapters import add_adapter, copy_adapter, halves, low_ranks, merge_adapter, remove_adapter, trainable
 from trueline.model.decoder import Decoder
 from trueline.model.heads import Scorer
-from trueline.parallel.world import find_device
+from trueline.parallel.world import fast_bfloat16, find_device
+from trueline.train.run import CONFIG, saved_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+WIDE = 256  # hidden size from which bfloat16 trains twice as fast on a CPU with AMX; at 64 it gains nothing (bench/train.py)
+C = TypeVar("C", bound=StageConfig)
 FOUND = "found"  # the role of an adapter that came with a model
 
 
@@ -72,12 +76,7 @@ class Opened:
 
 def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: str | None = None) -> Opened:
     """Reads (or draws) the weights. An adapter folder opens its base too; `adapter` names one when `config.path` is to be its base."""
-    path = resolve(adapter or config.path)
-    adapted = is_adapter(path)
-    if adapter and not adapted:
-        raise UserError(f"{path} is not an adapter folder: it has no adapter_config.json")
-    name = config.path if adapter or not adapted else adapter_base(path)[0]
-    where = _base_of(path, name) if adapted and not adapter else resolve(name)
+    path, adapted, name, where = _places(config, adapter)
     folder = open_folder(where)
     name = str(where.resolve()) if Path(name).expanduser().is_dir() else name
     device = find_device()
@@ -98,6 +97,31 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: 
         found = load_adapter(path, decoder, FOUND, base)
         score = saved if (saved := adapter_score(path, folder.decoder_config.hidden_size)) is not None else score
     return Opened(path, folder, name, _tokenizer(config, path, where), decoder, score, found, drawn)
+
+
+def _places(config: ModelConfig, adapter: str | None = None) -> tuple[Path, bool, str, Path]:
+    """What is opened, whether that is an adapter, and the name and folder of the base."""
+    path = resolve(adapter or config.path)
+    adapted = is_adapter(path)
+    if adapter and not adapted:
+        raise UserError(f"{path} is not an adapter folder: it has no adapter_config.json")
+    name = config.path if adapter or not adapted else adapter_base(path)[0]
+    return path, adapted, name, _base_of(path, name) if adapted and not adapter else resolve(name)
+
+
+def settle_dtype(config: C) -> C:
+    """`config` with the dtype that model.dtype: auto means for training it: the one its run began with, else by device and size.
+
+    A rule, not a timing: the same command must choose the same on every day. Not for PPO: its rollouts are fastest in float32 on a CPU.
+    """
+    if config.model.dtype != "auto":
+        return config
+    dtype = saved_settings(config.run.output / CONFIG).get("model.dtype")
+    if dtype not in DTYPES:
+        device = find_device()
+        wide = open_folder(_places(config.model)[3]).decoder_config.hidden_size >= WIDE
+        dtype = "bfloat16" if device.type != "cpu" or wide and fast_bfloat16() else "float32"
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 
 def _base_of(adapter: Path, name: str) -> Path:

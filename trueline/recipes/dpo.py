@@ -17,7 +17,7 @@ from trueline.data.sample import Pair
 from trueline.errors import UserError
 from trueline.model.batch import Batch, pack_pairs
 from trueline.model.heads import LanguageModel
-from trueline.recipes.assemble import Opened, forget_found, open_model, speaking, train_role
+from trueline.recipes.assemble import Opened, forget_found, open_model, settle_dtype, speaking, train_role
 from trueline.recipes.fit import Stage, Task, train
 from trueline.recipes.generate import language_model_of
 from trueline.recipes.prepare import Prepared, preference_pairs
@@ -49,6 +49,7 @@ class JudgedBatch:
 
 def run(config: DpoStageConfig, dry_run: bool = False) -> None:
     """Trains `config.model` on `config.data` and leaves it in `<run.output>/model`."""
+    config = settle_dtype(config)
     opened, pairs, model, parameters = _open(config)
 
     def build(folder: Path) -> Task[Judged, JudgedBatch]:
@@ -67,7 +68,7 @@ def prepare(config: DpoStageConfig) -> Path:
     """`trueline prepare`: stores the reference log-probabilities of all pairs at `reference.path`."""
     if config.reference.kind != "stored" or config.reference.path is None:
         raise UserError("prepare writes reference log-probabilities for reference.kind: stored; set that, and reference.path to the file")
-    opened, pairs, model, _ = _open(config)
+    opened, pairs, model, _ = _open(settle_dtype(config))
     reference = reference_model(config, model, opened)
     target = Path(config.reference.path)
     everything = [*pairs.train, *pairs.held_out]

@@ -23,9 +23,10 @@ from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import Opened, publish
 from trueline.recipes.report import run_report
 from trueline.train import checkpoint
+from trueline.train.budget import Budget
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
 from trueline.train.run import Run
-from trueline.train.step import Count, Objective, evaluate, train_step
+from trueline.train.step import Count, Objective, accumulate, count_items, evaluate, train_step
 
 
 class Item(Protocol):
@@ -37,6 +38,8 @@ class Item(Protocol):
 class Movable(Protocol):
     def to(self, device: torch.device | str) -> Self: ...
 
+
+TRIVIAL = 4096  # tokens in a micro-batch; fewer are not worth a burn-in
 
 T = TypeVar("T", bound=Item)
 B = TypeVar("B", bound=Movable)
@@ -91,27 +94,25 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
             run.say(note)
         limit = None if config.run.epochs is None else total_samples(count, config.run.epochs)
         module.train()
+        budget = Budget(config.batch.max_tokens, run.say)
+        burn_in(task, optimizer, budget, config.batch.sequences, world)
         for step in range(done + 1, total + 1):
             began = time.perf_counter()
             indices = step_indices(config.run.seed, step - 1, count, config.batch.sequences, limit)
-            batches = micro_batches(task, [task.items[i] for i in indices], config.batch.max_tokens, world)
+            items = [task.items[i] for i in indices]
             rate = learning_rate(step - 1, total, config.optimizer)
-            values = train_step(
-                optimizer,
-                batches,
-                task.objective,
-                task.count,
-                world=world,
-                max_norm=config.optimizer.max_norm,
-                lr=rate,
-                step=step,
-                seed=key(config.run.seed, "dropout", step),
-            )
+            settings: dict[str, Any] = {"world": world, "max_norm": config.optimizer.max_norm, "lr": rate, "step": step}
+            settings |= {"seed": key(config.run.seed, "dropout", step)}
+
+            def attempt(tokens: int, items: Sequence[T] = items, settings: dict[str, Any] = settings) -> dict[str, float]:
+                return train_step(optimizer, micro_batches(task, items, tokens, world), task.objective, task.count, **settings)
+
+            values = budget.fit([len(item) for item in items], attempt)
             tokens, seconds = sum(len(task.items[i]) for i in indices), time.perf_counter() - began
             run.log(step, values | {"lr": rate, "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds})
             stopping = run.stopping
             if task.held_out and run.due(config.run.eval_every, step) and not stopping:
-                run.log(step, held_out_values(task, module, config.batch.max_tokens, world), "eval")
+                run.log(step, held_out_values(task, module, budget.room([len(item) for item in task.held_out]), world), "eval")
             if run.due(config.run.save_every, step) or stopping:
                 save(run, step, order, {"model": stage.parameters}, {"model": optimizer})
             if stopping and step < total:
@@ -124,6 +125,24 @@ def micro_batches(task: Task[T, B], items: Sequence[T], max_tokens: int, world: 
     """This rank's packed micro-batches of `items`, on its device."""
     planned = plan([len(item) for item in items], max_tokens, world.size)[world.rank]
     return [task.pack([items[i] for i in indices]).to(world.device) for indices in planned if indices]
+
+
+def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: int, world: World) -> None:
+    """One forward and backward pass over the fullest micro-batch a step can have, without an update: memory runs out now or not at all.
+
+    Nothing is kept of it: every step seeds its own draws. The optimizer's moments come with the first update, and are not rehearsed.
+    """
+    items = sorted(task.items, key=len, reverse=True)[:sequences]
+    lengths = [len(item) for item in items]
+
+    def rehearse(tokens: int) -> None:
+        batches = micro_batches(task, items, tokens, world)[:1]
+        if all(count_items(batches, task.count, world).values()):
+            accumulate(optimizer, batches, task.objective, task.count, world, 0)
+        optimizer.clear()
+
+    if min(budget.room(lengths), sum(lengths)) >= TRIVIAL:
+        budget.fit(lengths, rehearse)
 
 
 def held_out_values(task: Task[T, B], module: nn.Module, max_tokens: int, world: World) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from trueline.config.schema import RankingConfig, RewardConfig
 from trueline.model.batch import Batch, pack_pairs
 from trueline.model.heads import Scorer
-from trueline.recipes.assemble import forget_found, make_scorer, open_model, train_role
+from trueline.recipes.assemble import forget_found, make_scorer, open_model, settle_dtype, train_role
 from trueline.recipes.fit import Stage, Task, train
 from trueline.recipes.prepare import preference_pairs
 from trueline.train.losses import ranking_loss, tokenwise_ranking
@@ -19,6 +19,7 @@ from trueline.train.step import Losses, Totals
 
 def run(config: RewardConfig, dry_run: bool = False) -> None:
     """Trains a scorer on `config.data` and leaves it in `<run.output>/model`, which transformers loads as a sequence classifier."""
+    config = settle_dtype(config)
     opened = open_model(config.model, config.run.seed, with_head=False)
     pairs = preference_pairs(config.data, opened.folder.family, opened.text(), config.run.seed)
     role, parameters = train_role(opened, config.model.adapter, "policy", config.run.seed)

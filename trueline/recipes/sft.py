@@ -10,7 +10,7 @@ from torch import Tensor
 from trueline.config.schema import SftConfig
 from trueline.model.batch import Batch, pack
 from trueline.model.heads import LanguageModel
-from trueline.recipes.assemble import forget_found, open_model, speaking, train_role
+from trueline.recipes.assemble import forget_found, open_model, settle_dtype, speaking, train_role
 from trueline.recipes.fit import Stage, Task, train
 from trueline.recipes.prepare import sft_samples
 from trueline.train.losses import sft_loss
@@ -19,6 +19,7 @@ from trueline.train.step import Losses, Totals
 
 def run(config: SftConfig, dry_run: bool = False) -> None:
     """Trains `config.model` on `config.data` and leaves it in `<run.output>/model`."""
+    config = settle_dtype(config)
     opened = speaking(open_model(config.model, config.run.seed))
     samples = sft_samples(config.data, opened.folder.family, opened.text(), config.run.seed)
     role, parameters = train_role(opened, config.model.adapter, "policy", config.run.seed)

@@ -325,12 +325,18 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 def changed_settings(path: Path, text: str) -> list[str]:
     """Dotted keys whose values in the config `text` differ from those saved at `path`; the `run` section does not count."""
-    try:
-        saved = yaml.safe_load(path.read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    before, now = saved_settings(path), flat(yaml.safe_load(text))
+    if not before:
         return []
-    before, now = flat(saved), flat(yaml.safe_load(text))
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name) and not name.startswith("run."))
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """The config saved at `path` by dotted key; {} where there is none that can be read."""
+    try:
+        return flat(yaml.safe_load(path.read_text("utf-8")))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from trueline.errors import RunError
+from trueline.errors import RunError, out_of_memory
 from trueline.parallel.world import World, all_sum
 from trueline.train.optimizer import Optimizer
 
@@ -38,6 +38,10 @@ class NonFinite(RunError):
         )
 
 
+class OutOfMemory(RunError):
+    """Memory ran out before the update: nothing has changed, and the same step may be tried again in smaller micro-batches."""
+
+
 def train_step(
     optimizer: Optimizer,
     batches: Sequence[B],
@@ -54,19 +58,10 @@ def train_step(
 
     Every kind of item an objective returns a loss for must be counted by `count`, and kinds and metrics must be the same on every rank.
     Gradients are scaled down to the global norm `max_norm`. `seed` fixes whatever the model draws (dropout), so a resumed run draws it too.
-    Raises NonFinite before the update, naming the first bad tensor.
+    Raises NonFinite before the update, naming the first bad tensor, and OutOfMemory.
     """
     torch.manual_seed(seed + world.rank)
-    items = count_items(batches, count, world)
-    losses: list[Tensor] = []
-    totals: Totals = {}
-    for batch in batches:
-        sums, metrics = objective(batch)
-        loss = sum_loss(sums, items, step)
-        loss.backward()
-        optimizer.collect()
-        losses.append(loss.detach())
-        _add(totals, metrics)
+    losses, totals = accumulate(optimizer, batches, objective, count, world, step)
     gradients = optimizer.gradients(all_of_them=world.size > 1)
     for gradient in gradients.values() if world.size > 1 else ():
         gradient.copy_(all_sum(world, gradient))  # every rank holds all of the weights
@@ -79,6 +74,31 @@ def train_step(
     clip_grads_with_norm_(optimizer.masters.values(), max_norm, norm)
     optimizer.step(lr)
     return result
+
+
+def accumulate(
+    optimizer: Optimizer, batches: Sequence[B], objective: Objective[B], count: Count[B], world: World, step: int
+) -> tuple[list[Tensor], Totals]:
+    """Sums the gradients of all micro-batches; returns each one's part of the loss, and the metrics. OutOfMemory drops what was summed."""
+    items = count_items(batches, count, world)
+    losses: list[Tensor] = []
+    totals: Totals = {}
+    try:
+        for batch in batches:
+            sums, metrics = objective(batch)
+            loss = sum_loss(sums, items, step)
+            loss.backward()
+            optimizer.collect()
+            losses.append(loss.detach())
+            _add(totals, metrics)
+        return losses, totals
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    # raised out here, where the failed step's activations are no longer held by the error's traceback
+    sums, loss = {}, torch.zeros(())
+    optimizer.clear()
+    raise OutOfMemory(f"step {step}: out of memory")
 
 
 @torch.no_grad()
