@@ -19,11 +19,12 @@ LARGE, SMALL, STEP = 256, 64, 8  # rows a kernel is called with: it is compiled 
 
 
 def can_pack(decoder: Decoder) -> bool:
-    """float32 on the CPU, in a PyTorch built with oneDNN."""
-    weight = decoder.embed.weight
+    """float32 on the CPU, in a PyTorch built with oneDNN, of a network as below (not ChatGLM-6B's)."""
+    weight, config = decoder.embed.weight, decoder.config
+    usual = config.norm == "rms" and config.gated and config.residual_scale is None and not config.rope_rows
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     whole = type(weight.detach()) is Tensor  # not one rank's part of it
-    return built and whole and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return usual and built and whole and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 class PackedDecoder(nn.Module):
@@ -46,7 +47,7 @@ class PackedDecoder(nn.Module):
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
         """States `[T, D]` for `head`, of packed `tokens` `[T]`."""
         if self.prefix is not None:
-            layout = Prefixed(layout, *self.prefix)
+            layout = Prefixed(layout, *self.prefix, self.config.prefix_shifts)
         angles = layout.positions.float()[:, None, None] * self.speeds
         turn = torch.polar(torch.ones_like(angles), angles)  # cosine and sine as one complex number
         x = F.embedding(F.pad(tokens, (0, -len(tokens) % STEP)), self.embed.weight)
