@@ -39,6 +39,8 @@ def read_config(config: dict[str, Any]) -> DecoderConfig:
     heads, _, head_dim = keys.heads(32, None, hidden)
     if head_dim % 4:
         keys.refuse(f"num_attention_heads: a head has {head_dim} channels, expected a multiple of 4 (two positions turn a half each)")
+    if "inner_hidden_size" not in config and "position_encoding_2d" not in config:
+        keys.refuse("inner_hidden_size and position_encoding_2d: neither is there, so this is not ChatGLM-6B but a later model of that type")
     keys.only("position_encoding_2d", True, True)
     keys.only("pre_seq_len", None, None)
     keys.only("quantization_bit", 0, 0)
