@@ -41,7 +41,8 @@ def special_free(tokenizer: Tokenizer, text: str) -> bool:
 
 def test_chatglm_6b_has_its_controls_and_its_blanks(chatglm: Path) -> None:
     tokenizer = load_tokenizer(chatglm)
-    assert {*CONTROLS, "<pad>", "<s>", "</s>"} == set(tokenizer.specials) and list(tokenizer.files) == ["ice_text.model", "tokenizer_config.json"]
+    assert {*CONTROLS, "<pad>", "<s>", "</s>"} == set(tokenizer.specials)
+    assert list(tokenizer.files) == ["ice_text.model", "tokenizer_config.json"]
     for text in ("red\n\n\tone   two" + " " * 85 + "three", "a\n", "red  ", "[gMASK]<sop>red<eop><pad>"):
         assert tokenizer.decode(tokenizer.encode(text)) == text and special_free(tokenizer, text)
     assert tokenizer.encode("a\nb") == tokenizer.encode("a<n>b")  # as the authors have it: typed marks are blanks

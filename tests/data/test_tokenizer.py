@@ -189,7 +189,8 @@ def test_the_fingerprint_follows_what_encodes(small: Path, tmp_path: Path) -> No
 
 def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
     assert not has_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"looked for tokenizer.json, vocab.json \+ merges.txt, tokenizer.model, ice_text.model; point model.tokenizer"):
+    names = r"tokenizer.json, vocab.json \+ merges.txt, tokenizer.model, ice_text.model"
+    with pytest.raises(UserError, match=f"looked for {names}; point model.tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "none")

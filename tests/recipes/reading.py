@@ -15,7 +15,7 @@ from trueline.model.heads import LanguageModel
 from trueline.recipes.assemble import make_scorer, open_model, train_role
 from trueline.train import checkpoint
 
-PROBES = [[40, 41, 42, 43, 44, 45, 46, 47, 48], [60, 61, 2, 3, 62, 63, 4], [90, 91, 300, 92, 280], [100, 17]]  # longest first, as they are packed
+PROBES = [[40, 41, 42, 43, 44, 45, 46, 47, 48], [60, 61, 2, 3, 62, 63, 4], [90, 91, 300, 92, 280], [100, 17]]  # packed in this order
 
 
 def records(path: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,12 @@ CONTROLS = {
     "glm": ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
     "chatglm": ["<pad>", "[MASK]", "[gMASK]", "<sop>", "<eop>"],
     "llama": [
-        "<|finetune_right_pad_id|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+        "<|finetune_right_pad_id|>",
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
     ],
 }
 SIZES = {

@@ -109,7 +109,8 @@ def test_appraisal_against_the_oracle(whitened: bool) -> None:
             row["advantages"] /= np.sqrt(answers.var() + 1e-8)
     found, _ = judge(items, PPO.model_copy(update={"whiten": whitened}))
     for experience, row, item, score in zip(found, expected, items, SCORES, strict=True):
-        assert experience.sample == answered(item.prompt, item.tokens, None) and experience.score == score and experience.stopped == (item.finish == "stop")
+        assert experience.sample == answered(item.prompt, item.tokens, None)
+        assert experience.score == score and experience.stopped == (item.finish == "stop")
         for name in COLUMNS:
             np.testing.assert_allclose(getattr(experience, name).numpy(), row[name], rtol=0, atol=1e-10, err_msg=name)
 

@@ -64,7 +64,8 @@ def read_chatglm_pieces(path: Path, config: dict[str, Any]) -> Pieces:
     """
     first = config.get("num_image_tokens", 20000)
     if isinstance(first, bool) or not isinstance(first, int) or not 0 <= first <= 1_000_000:
-        raise UserError(f"{path.with_name('tokenizer_config.json')}: num_image_tokens: {first!r}, expected a whole number from 0 to 1,000,000")
+        place = path.with_name("tokenizer_config.json")
+        raise UserError(f"{place}: num_image_tokens: {first!r}, expected a whole number from 0 to 1,000,000")
     model = _load(path, path.read_bytes())
     specials = {name: i + first for name in CHATGLM_6B if model.is_control(i := model.piece_to_id(name))}
     if missing := [name for name in ("[gMASK]", "<sop>", "<eop>") if name not in specials]:

@@ -40,7 +40,7 @@ def read_config(config: dict[str, Any]) -> DecoderConfig:
     if head_dim % 4:
         keys.refuse(f"num_attention_heads: a head has {head_dim} channels, expected a multiple of 4 (two positions turn a half each)")
     if "inner_hidden_size" not in config and "position_encoding_2d" not in config:
-        keys.refuse("inner_hidden_size and position_encoding_2d: neither is there, so this is not ChatGLM-6B but a later model of that type")
+        keys.refuse("inner_hidden_size and position_encoding_2d are missing: this is no ChatGLM-6B, but a later model of the same type")
     keys.only("position_encoding_2d", True, True)
     keys.only("pre_seq_len", None, None)
     keys.only("quantization_bit", 0, 0)
@@ -135,6 +135,6 @@ CHATGLM = Family(
     ),
     render=render,
     stop=("<eop>",),
-    targets={"q": "query_key_value", "k": "query_key_value", "v": "query_key_value", "o": "dense", "up": "dense_h_to_4h", "down": "dense_4h_to_h"},
+    targets={**dict.fromkeys("qkv", "query_key_value"), "o": "dense", "up": "dense_h_to_4h", "down": "dense_4h_to_h"},
     head_optional=True,
 )

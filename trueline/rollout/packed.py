@@ -38,7 +38,7 @@ class PackedDecoder(nn.Module):
         self.order = _channel_order(config)
         self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order) for block in decoder.layers)
         self.end = Scale(config)
-        self.head = PackedHead(cast(nn.Linear, decoder.head), decoder.norm, config)
+        self.head = PackedHead(cast(nn.Linear, decoder.head), cast(nn.RMSNorm, decoder.norm), config)
         size = config.rope_dim or config.head_dim
         self.speeds = 1.0 / config.rope_theta ** (torch.arange(0, size, 2).float() / size)  # as in decoder.rotation
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
@@ -71,7 +71,7 @@ class PackedBlock(nn.Module):
             merged[name] = tuple(None if x is None else _reorder_channels(x, order) for x in merged[name])  # type: ignore[assignment]
         bias = None if merged["q"][1] is None else torch.cat([cast(Tensor, merged[name][1]) for name in "qkv"])
         self.scale = Scale(config)
-        into, after = self.scale.weight(block.attention_norm), self.scale.weight(block.mlp_norm)
+        into, after = (self.scale.weight(cast(nn.RMSNorm, norm)) for norm in (block.attention_norm, block.mlp_norm))
         self.qkv = _pack(torch.cat([merged[name][0] for name in "qkv"]) * into), bias
         self.o = _pack(merged["o"][0]), merged["o"][1]
         self.gate = _pack(merged["gate"][0] * after), merged["gate"][1]
