@@ -19,7 +19,7 @@ from trueline.config.schema import (
 )
 from trueline.data.conversation import Conversation
 from trueline.data.messages import check_roles, read_turns
-from trueline.data.sample import Sample
+from trueline.data.sample import Sample, sample_of
 from trueline.data.stream import key, plan
 from trueline.errors import UserError
 from trueline.model.batch import Batch, pack
@@ -44,7 +44,10 @@ class Model:
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """log p(token t | before it) of each sequence, a float tensor `[T]` each with 0 at t = 0."""
+        """log p(token t | before it) of each sequence, a float tensor `[T]` each with 0 at t = 0.
+
+        ChatGLM-6B sees what stands before `<sop>` as a whole: there, a token has been seen before it is predicted.
+        """
         model = self._speaker()
         return self._packed(sequences, lambda batch: model(batch))
 
@@ -92,9 +95,9 @@ class Model:
             raise UserError("an empty list of tokens has no log-probabilities; give at least one token per sequence")
         lengths = [len(s) for s in sequences]
         out: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
-        place = self.opened.decoder.embed.weight.device
+        place, blocks = self.opened.decoder.embed.weight.device, self.opened.decoder.config.blocks
         for indices in plan(lengths, max(MAX_TOKENS, *lengths))[0]:
-            batch: Batch = pack([Sample(list(sequences[i]), [True] * lengths[i]) for i in indices]).to(place)
+            batch: Batch = pack([sample_of(sequences[i], [True] * lengths[i], blocks) for i in indices]).to(place)
             for i, piece in zip(indices, run(batch).split([lengths[i] for i in indices]), strict=True):
                 out[i] = piece.cpu()
         return out

@@ -189,7 +189,8 @@ def test_the_fingerprint_follows_what_encodes(small: Path, tmp_path: Path) -> No
 
 def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
     assert not has_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"looked for tokenizer.json, vocab.json \+ merges.txt, tokenizer.model; point model.tokenizer"):
+    names = r"tokenizer.json, vocab.json \+ merges.txt, tokenizer.model, ice_text.model"
+    with pytest.raises(UserError, match=f"looked for {names}; point model.tokenizer"):
         load_tokenizer(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "none")
@@ -220,7 +221,8 @@ def test_folders_without_a_tokenizer(tmp_path: Path) -> None:
             },
             "does not fit vocab.json",
         ),
-        ({"tokenizer.model": "\n\x0e\n\x05<unk>"}, "expected a tiktoken-style file; a sentencepiece model is not supported"),
+        ({"tokenizer.model": "\n\x0e\n\x05<unk>"}, "not a whole sentencepiece model (cut short); copy it again"),
+        ({"tokenizer.model": "<unk>"}, "expected a tiktoken-style file or a sentencepiece model"),
         ({"tokenizer.model": ""}, "empty file"),
         ({"tokenizer.model": "YQ== 0\n"}, "no control tokens known"),
     ],
@@ -231,8 +233,3 @@ def test_broken_tokenizer_files(tmp_path: Path, files: dict[str, str], sentence:
     with pytest.raises(UserError) as caught:
         load_tokenizer(tmp_path)
     assert str(caught.value).startswith(str(tmp_path)) and sentence in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_sentencepiece_model_is_told_apart(shared: Path) -> None:
-    with pytest.raises(UserError, match="a sentencepiece model is not supported"):
-        load_tokenizer(shared / "data/tokenizers/chatglm3-6b")

@@ -35,6 +35,8 @@ def model_folder(tmp_path: Path) -> Callable[..., Path]:
     def make(kind: str = "glm", **changes: Any) -> Path:
         sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
         config = {"model_type": kind, **sizes, "num_key_value_heads": 2, "head_dim": 4} | changes
+        if kind == "chatglm":
+            config |= {"inner_hidden_size": 24, "num_layers": 2}
         folder = tmp_path / f"config_{kind}_{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trueline.config.schema import AdapterConfig
-from trueline.data.sample import Sample
+from trueline.data.sample import Blocks, answered
 from trueline.model.adapters import adapter_parameters, add_adapter, merge_adapter
 from trueline.model.batch import pack
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
@@ -17,6 +17,10 @@ QWEN2 = DecoderConfig(vocab_size=300, hidden_size=24, num_layers=3, num_heads=6,
 GLM4 = DecoderConfig(
     vocab_size=300, hidden_size=24, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_size=40, rope="interleaved", rope_dim=4,
     tied_embeddings=True, init_std=0.3,
+)  # fmt: skip
+CHATGLM = DecoderConfig(
+    vocab_size=300, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, mlp_size=40, o_bias=True, mlp_bias=True,
+    rope_rows=True, norm="layer", gated=False, residual_scale=56**0.5, blocks=Blocks(7, (5, 6)), prefix_shifts=False, init_std=0.3,
 )  # fmt: skip
 ADAPTERS = {
     "base": None,
@@ -46,11 +50,14 @@ def make(config: DecoderConfig, adapter: str, dtype: torch.dtype = torch.float64
     return LanguageModel(decoder.to(dtype), "policy" if chosen else None)
 
 
-def prompts() -> list[list[int]]:
-    """Mixed lengths, some equal; as many as make a small engine queue."""
+def prompts(config: DecoderConfig = QWEN2) -> list[list[int]]:
+    """Mixed lengths, some equal; as many as make a small engine queue. Where the model has contexts, all but the first two have one."""
     draw = torch.Generator().manual_seed(1)
     lengths = [1, 9, 4, 17, 2, 4, 30, 6]
     drawn = [torch.randint(0, 300, (n,), generator=draw).tolist() for n in lengths]
+    if config.blocks is not None:
+        places = [[5, 7], [6, 7], [5, 20, 7], [6, 30, 31, 7, 40, 41], [7], [7, 50, 5]]  # two masks, apart from the start, after it, none
+        drawn = [*drawn[:2], *(prompt + place for prompt, place in zip(drawn[2:], places, strict=True))]
     return [*drawn, drawn[1], drawn[1], drawn[6], drawn[0]]
 
 
@@ -64,16 +71,16 @@ def generate(model: LanguageModel, asked: list[list[int]], sampling: Sampling, s
 def gap(model: LanguageModel, answers: list[Rollout], temperature: float) -> float:
     """Largest difference between the rollout's log-probabilities and training's."""
     model.eval()
-    batch = pack([Sample(r.prompt + r.tokens, [False] * len(r.prompt) + [True] * len(r.tokens)) for r in answers])
+    batch = pack([answered(r.prompt, r.tokens, model.decoder.config.blocks) for r in answers])
     expected = model(batch, temperature or 1.0)[batch.trained]
     return float((torch.tensor([p for r in answers for p in r.logprobs], dtype=expected.dtype) - expected).abs().max())
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("config", [QWEN2, GLM4], ids=["qwen2", "glm4"])
+@pytest.mark.parametrize("config", [QWEN2, GLM4, CHATGLM], ids=["qwen2", "glm4", "chatglm"])
 def test_log_probabilities_are_those_of_training(config: DecoderConfig, sampling: str, adapter: str) -> None:
-    asked, settings = prompts(), SAMPLINGS[sampling]
+    asked, settings = prompts(config), SAMPLINGS[sampling]
     seeds = list(range(len(asked)))
     for dtype, running, limit in ((torch.float64, 3, 1e-12), (torch.float32, 64, 5e-5)):  # rounding alone, which differs from CPU to CPU
         model = make(config, adapter, dtype)
@@ -84,9 +91,10 @@ def test_log_probabilities_are_those_of_training(config: DecoderConfig, sampling
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_answers_do_not_depend_on_company(sampling: str, adapter: str) -> None:
+@pytest.mark.parametrize("config", [QWEN2, CHATGLM], ids=["qwen2", "chatglm"])
+def test_answers_do_not_depend_on_company(config: DecoderConfig, sampling: str, adapter: str) -> None:
     """One at a time, a few, all at once, in another order, or alone: the same tokens."""
-    model, asked, settings = make(QWEN2, adapter), prompts(), SAMPLINGS[sampling]
+    model, asked, settings = make(config, adapter), prompts(config), SAMPLINGS[sampling]
     seeds = [7 * i for i in range(len(asked))]
     expected = [r.tokens for r in generate(model, asked, settings, seeds)]
     for running in (1, 5):
@@ -136,3 +144,22 @@ def test_another_roles_adapter_is_not_used() -> None:
     assert [r.tokens for r in bare] == [r.tokens for r in generate(make(QWEN2, "base"), asked, settings, [0] * len(asked))]
     assert [r.tokens for r in critic] != [r.tokens for r in bare]
     assert [r.tokens for r in critic] != [r.tokens for r in generate(model, asked, settings, [0] * len(asked))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_context_is_read_whole_and_answers_follow_it(adapter: str) -> None:
+    """Greedy ChatGLM-6B, each token from a forward over everything before it, in both dtypes."""
+    for dtype in (torch.float64, torch.float32):
+        model, asked = make(CHATGLM, adapter, dtype), prompts(CHATGLM)
+        found = generate(model, asked, Sampling(8, temperature=0), [0] * len(asked), running=3)
+        model.eval()
+        for prompt, rollout in zip(asked, found, strict=True):
+            made: list[int] = []
+            for _ in range(8):
+                batch = pack([answered(prompt, made, CHATGLM.blocks)])
+                made.append(int(model.decoder.head(model.decoder(batch.tokens, batch.layout, model.role)[-1]).argmax()))  # type: ignore[misc]
+            assert rollout.tokens == made
+        plain = [[t if t != 7 else 8 for t in prompt] for prompt in asked]  # no <sop>
+        causal = [r.tokens for r in generate(model, plain, Sampling(8, temperature=0), [0] * len(asked))]
+        assert causal != [r.tokens for r in found]

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from trueline.config.load import load_config
 from trueline.config.schema import STAGES
-from trueline.data.sample import Sample
+from trueline.data.sample import sample_of
 from trueline.model.batch import pack
 from trueline.model.heads import LanguageModel
 from trueline.recipes.assemble import make_scorer, open_model, train_role
 from trueline.train import checkpoint
 
-PROBES = [[40, 41, 42, 43, 44, 45, 46, 47, 48], [90, 91, 300, 92, 280], [100, 17]]
+PROBES = [[40, 41, 42, 43, 44, 45, 46, 47, 48], [60, 61, 2, 3, 62, 63, 4], [90, 91, 300, 92, 280], [100, 17]]  # packed in this order
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -42,7 +42,7 @@ def trained(folder: Path, stage: str) -> Tensor:
     saved = checkpoint.load(found)[0]["policy" if stage == "ppo" else "model"]
     for name, parameter in parameters.items():
         parameter.copy_(saved[name])
-    batch = pack([Sample(tokens, [True] * len(tokens)) for tokens in PROBES])
+    batch = pack([sample_of(tokens, [True] * len(tokens), opened.decoder.config.blocks) for tokens in PROBES])
     if stage == "reward":
         return make_scorer(opened.decoder, role, saved["score.weight"])(batch)[batch.ends()]
     return LanguageModel(opened.decoder, role)(batch)

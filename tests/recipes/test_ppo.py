@@ -98,7 +98,7 @@ def test_drifting_from_the_reference_costs_reward(loop: Loop, toys: Toys) -> Non
     """The penalty is subtracted, at the coefficient in force; and a policy with nothing else to gain goes back to its reference."""
     reference = loop.home / "reference"
     loop.trueline("sft", toys.config("sft"), f"run.output={reference}", "run.steps=20").ok()
-    settings = ["run.steps=14", "rollout.samples=6", "sampling.max_new_tokens=4", "batch.max_tokens=4000"]
+    settings = ["run.steps=24", "rollout.samples=6", "sampling.max_new_tokens=4", "batch.max_tokens=4000"]
     settings += ["ppo.kl_coefficient=1", "optimizer.lr=0.007", "optimizer.schedule=constant"]
     settings += ["reference.kind=frozen", f"reference.path={reference / 'model'}"]
     lines = metrics(loop(function(toys, "constant"), *settings))

@@ -15,17 +15,27 @@ from trueline.data.tokenizer import load_tokenizer
 from trueline.families.export import save_folder
 from trueline.families.folder import open_folder, random_decoder
 
-FAMILIES = ("qwen2", "glm", "llama")
+FAMILIES = ("qwen2", "glm", "llama", "chatglm")
 CONTROLS = {
     "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "glm": ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+    "chatglm": ["<pad>", "[MASK]", "[gMASK]", "<sop>", "<eop>"],
     "llama": [
-        "<|finetune_right_pad_id|>", "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+        "<|finetune_right_pad_id|>",
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
     ],
 }
 SIZES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "max_position_embeddings": 512,
+}  # fmt: skip
+CHATGLM_SIZES = {
+    "vocab_size": 320, "hidden_size": 32, "inner_hidden_size": 48, "num_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3,
+    "mask_token_id": 1, "gmask_token_id": 2, "bos_token_id": 3, "position_encoding_2d": True,
 }  # fmt: skip
 WORDS = ("red", "blue", "green", "红", "蓝", "绿", "one", "two", "一", "二")
 KINDS = {
@@ -126,6 +136,8 @@ def write_model(toys: Toys, family: str) -> None:
     engine.train_from_iterator(corpus, trainer)
     engine.save(str(draft / "tokenizer.json"))
     sizes = SIZES | ({"tie_word_embeddings": True} if family == "llama" else {})
+    if family == "chatglm":
+        sizes = CHATGLM_SIZES
     (draft / "config.json").write_text(json.dumps({"model_type": family, "pad_token_id": 0, "eos_token_id": None, **sizes}))
     opened = open_folder(draft)
     save_folder(folder, random_decoder(opened, torch.float32, seed=5), opened, load_tokenizer(draft))

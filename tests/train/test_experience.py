@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trueline.config.schema import PpoConfig
+from trueline.data.sample import answered
 from trueline.errors import RunError
 from trueline.model.batch import Batch
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
@@ -17,7 +18,7 @@ from trueline.model.heads import LanguageModel, Scorer
 from trueline.model.layout import Packed
 from trueline.parallel.world import World
 from trueline.rollout.sampling import Rollout
-from trueline.train.experience import Experience, appraise, as_sample, pack_experience
+from trueline.train.experience import Experience, appraise, pack_experience
 
 SIZES = DecoderConfig(vocab_size=17, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=12, init_std=0.7)
 COLUMNS = ("rollout_logprobs", "logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
@@ -108,7 +109,8 @@ def test_appraisal_against_the_oracle(whitened: bool) -> None:
             row["advantages"] /= np.sqrt(answers.var() + 1e-8)
     found, _ = judge(items, PPO.model_copy(update={"whiten": whitened}))
     for experience, row, item, score in zip(found, expected, items, SCORES, strict=True):
-        assert experience.sample == as_sample(item) and experience.score == score and experience.stopped == (item.finish == "stop")
+        assert experience.sample == answered(item.prompt, item.tokens, None)
+        assert experience.score == score and experience.stopped == (item.finish == "stop")
         for name in COLUMNS:
             np.testing.assert_allclose(getattr(experience, name).numpy(), row[name], rtol=0, atol=1e-10, err_msg=name)
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, for the three kinds of tokenizer files. One rule: no text ever becomes a control token."""
+"""Text to token ids and back, for every kind of tokenizer files. One rule: no text ever becomes a control token."""
 
 import base64
 import binascii
@@ -12,12 +12,13 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from trueline.data.sentencepiece_tokenizer import Pieces, is_sentencepiece, read_chatglm_pieces, read_pieces
 from trueline.errors import UserError
 
 # how each family cuts text before merging; published with the models, not in their files
 _QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GLM4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("ice_text.model",))
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
@@ -63,7 +64,10 @@ def has_tokenizer(folder: str | Path) -> bool:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer in a folder: tokenizer.json, else vocab.json + merges.txt (Qwen2), else a tiktoken-style tokenizer.model (GLM-4)."""
+    """The tokenizer in a folder: tokenizer.json, else vocab.json + merges.txt (Qwen2), else tokenizer.model, else ice_text.model.
+
+    A tokenizer.model is a sentencepiece model or tiktoken-style (GLM-4), as its content says; ice_text.model is ChatGLM-6B's.
+    """
     place = Path(folder)
     if not place.is_dir():
         raise UserError(f"{place}: no such folder, expected one with tokenizer files")
@@ -73,7 +77,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"{place} has no tokenizer; looked for {looked}; point model.tokenizer at a folder that has one of them")
     files = {name: place / name for name in (*found, *_COMPANIONS) if (place / name).is_file()}
     config = _json_object(files["tokenizer_config.json"]) if "tokenizer_config.json" in files else {}
+    if found[0] == "ice_text.model":
+        return _from_pieces(read_chatglm_pieces(files[found[0]], config), files, config)
+    if found[0] == "tokenizer.model" and is_sentencepiece(files[found[0]]):
+        return _from_pieces(read_pieces(files[found[0]], config, _declared(config)), files, config)
     return {"tokenizer.json": _from_json, "vocab.json": _from_merges, "tokenizer.model": _from_ranks}[found[0]](files, config)
+
+
+def _from_pieces(pieces: Pieces, files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(pieces.encode, pieces.decode, pieces.known, pieces.specials, files, config)
 
 
 def _from_json(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
@@ -154,10 +166,7 @@ def _from_ranks(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise UserError(
-                f"{path}:{number}: not `<base64> <rank>`, expected a tiktoken-style file; a sentencepiece model is not supported, "
-                "save that tokenizer as tokenizer.json"
-            ) from None
+            raise UserError(f"{path}:{number}: not `<base64> <rank>`, expected a tiktoken-style file or a sentencepiece model") from None
     if not ranks:
         raise UserError(f"{path}: empty file, expected lines of `<base64> <rank>`")
     specials = _required(config, path)

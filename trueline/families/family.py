@@ -46,6 +46,7 @@ class Family:
     render: Callable[..., Sample]  # (conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False)
     stop: tuple[str, ...]  # control tokens that end the assistant's turn, those the tokenizer has
     targets: dict[str, str]  # our logical projection -> their module's name, as adapters are written
+    head_optional: bool = False  # a folder without a vocabulary head is tied, unless its config.json says otherwise
 
 
 def stop_ids(family: Family, tokenizer: Encoder, generation: dict[str, Any] | None = None) -> frozenset[int]:

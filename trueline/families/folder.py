@@ -5,7 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.weights import read_shapes, read_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = ["*.json", "*.safetensors", "merges.txt", "tokenizer.model", "chat_template.jinja"]  # never code, never pickles
+WANTED = ["*.json", "*.safetensors", "merges.txt", "tokenizer.model", "ice_text.model", "chat_template.jinja"]  # never code, never pickles
 SCORE = "score.weight"
 SHOWN = 50  # problems listed one by one
 log = logging.getLogger(__name__)
@@ -77,6 +77,8 @@ def open_folder(path: str | Path) -> ModelFolder:
         if config.get("quantization_config"):
             raise UserError("config.json: quantization_config, but quantised weights are not supported; use the model's unquantised folder")
         decoder_config = family.read_config(config)
+        if family.head_optional and "tie_word_embeddings" not in config and any(path.glob("*.safetensors")):
+            decoder_config = replace(decoder_config, tied_embeddings="lm_head.weight" not in read_shapes(path))
     except UserError as problem:
         raise UserError(f"{path}: {problem}") from None
     if config.get("auto_map") and any(path.glob("*.py")):

@@ -4,12 +4,13 @@ from difflib import get_close_matches
 from typing import Any
 
 from trueline.errors import UserError
+from trueline.families.chatglm import CHATGLM
 from trueline.families.family import Family
 from trueline.families.glm4 import GLM4
 from trueline.families.llama import LLAMA
 from trueline.families.qwen2 import QWEN2
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN2, GLM4, LLAMA)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (QWEN2, GLM4, LLAMA, CHATGLM)}
 
 
 def family_of(config: dict[str, Any]) -> Family:

@@ -54,9 +54,10 @@ def pack(samples: Sequence[Sample]) -> Batch:
     """Lays samples end to end. First tokens are never trained: nothing predicts them."""
     if not samples:
         raise ValueError("nothing to pack")
-    layout = Packed.of([len(s.tokens) for s in samples], [s.context for s in samples])
+    anchors = [s.anchor for s in samples] if any(s.anchor is not None for s in samples) else None
+    layout = Packed.of([len(s.tokens) for s in samples], [s.context for s in samples], anchors=anchors)
     tokens = torch.tensor([t for s in samples for t in s.tokens], dtype=torch.int64)
-    trained = torch.tensor([t for s in samples for t in s.trained], dtype=torch.bool) & (layout.positions > 0)
+    trained = torch.tensor([t and i > 0 for s in samples for i, t in enumerate(s.trained)], dtype=torch.bool)
     return Batch(tokens, trained, layout)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trueline.data.sample import Blocks
 from trueline.model.layout import Layout, Prefixed
 
 
@@ -32,12 +33,27 @@ class DecoderConfig:
     rope: Literal["half", "interleaved"] = "half"  # which two channels turn together
     rope_theta: float = 1e4
     rope_dim: int | None = None  # rotated part of a head; None is all of it
+    rope_rows: bool = False  # ChatGLM-6B: two positions turn a half of each head each, and angles are rounded as it publishes them
+    norm: Literal["rms", "layer"] = "rms"
+    gated: bool = True  # SwiGLU; else ChatGLM-6B's plain GELU
+    residual_scale: float | None = None  # ChatGLM-6B: scale * norm(x) + f(norm(x)) in place of x + f(norm(x))
+    blocks: Blocks | None = None  # the tokens that tell a context seen both ways from the answer
+    prefix_shifts: bool = True  # P-tuning: the tokens' positions start at the prefix's length, not at 0
     tied_embeddings: bool = False
     init_std: float = 0.02
 
 
 def rotation(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, each `[T, 1, rope_dim / 2]` float32 (arXiv:2104.09864 sect. 3.4)."""
+    """Cosine and sine of every position's angles, each `[T, 1, rope_dim / 2]` float32 (arXiv:2104.09864 sect. 3.4).
+
+    With `rope_rows` `[T, 1, 2, head_dim / 4]`: the angles of each row of positions `[2, T]`, of which `[T]` is a first row beside zeros.
+    """
+    if config.rope_rows:
+        rows = positions if positions.dim() == 2 else torch.stack((positions, torch.zeros_like(positions)))
+        exponents = torch.arange(0, config.head_dim // 2, 2, device=rows.device).float() / (config.head_dim // 2)
+        # its constructor rounds them through float16 in every dtype; the published weights have seen no others
+        angles = rows.T.float()[:, None, :, None] * (1.0 / config.rope_theta**exponents).half().float()
+        return angles.cos(), angles.sin()
     size = config.rope_dim or config.head_dim
     # the angles are float32 whatever the model's dtype, as every family's own code has them
     exponents = torch.arange(0, size, 2, dtype=torch.int64, device=positions.device).float() / size
@@ -47,6 +63,10 @@ def rotation(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, config: DecoderConfig) -> Tensor:
     """Rotary embedding of `x` `[T, H, d]`, in `x`'s dtype."""
+    if config.rope_rows:
+        a, b = x.unflatten(-1, (2, -1)).chunk(2, dim=-1)
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
     size = config.rope_dim or config.head_dim
     turned, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
@@ -115,30 +135,45 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU (arXiv:2002.05202)."""
+    """SwiGLU (arXiv:2002.05202), or GELU in its tanh form (arXiv:1606.08415 sect. 2)."""
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
+        if config.gated:
+            self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
+        self.gated = config.gated
         self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
         self.adapters = nn.ModuleDict()
 
     def forward(self, x: Tensor, role: str | None) -> Tensor:
-        return project(self, "down", F.silu(project(self, "gate", x, role)) * project(self, "up", x, role), role)
+        if self.gated:
+            return project(self, "down", F.silu(project(self, "gate", x, role)) * project(self, "up", x, role), role)
+        return project(self, "down", F.gelu(project(self, "up", x, role), approximate="tanh"), role)
+
+
+def make_norm(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.norm_eps)
 
 
 class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.residual_scale = config.residual_scale
+        self.attention_norm = make_norm(config)
         self.attention = Attention(config, layer)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layout, turn, role)
-        return x + self.mlp(self.mlp_norm(x), role)
+        seen = self.attention_norm(x)
+        x = self._kept(x, seen) + self.attention(seen, layout, turn, role)
+        seen = self.mlp_norm(x)
+        return self._kept(x, seen) + self.mlp(seen, role)
+
+    def _kept(self, x: Tensor, normed: Tensor) -> Tensor:
+        return x if self.residual_scale is None else self.residual_scale * normed
 
 
 def embedding(config: DecoderConfig) -> nn.Embedding:
@@ -156,7 +191,7 @@ class Decoder(nn.Module):
         self.recompute = False
         self.embed = embedding(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = make_norm(config)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if with_head else None
         if self.head is not None and config.tied_embeddings:
             self.head.weight = self.embed.weight
@@ -166,7 +201,7 @@ class Decoder(nn.Module):
         """Hidden states `[T, D]` of packed `tokens` `[T]`, after the final norm."""
         if role is not None and role in self.prefixes:
             prefix = self.prefixes[role]
-            layout = Prefixed(layout, prefix.keys, prefix.values)  # type: ignore[arg-type]
+            layout = Prefixed(layout, prefix.keys, prefix.values, self.config.prefix_shifts)  # type: ignore[arg-type]
         turn = rotation(layout.positions, self.config)
         x = self.embed(tokens)
         for layer in self.layers:

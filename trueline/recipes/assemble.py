@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trueline.config.schema import AdapterConfig, ModelConfig, StageConfig
+from trueline.data.conversation import Conversation, Message
 from trueline.data.stream import key
 from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from trueline.errors import UserError
@@ -96,7 +97,22 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: 
         base = Base(folder.family, name, files_fingerprint(where) if recorded else None)
         found = load_adapter(path, decoder, FOUND, base)
         score = saved if (saved := adapter_score(path, folder.decoder_config.hidden_size)) is not None else score
-    return Opened(path, folder, name, _tokenizer(config, path, where), decoder, score, found, drawn)
+    tokenizer = _tokenizer(config, path, where)
+    _check_blocks(folder, tokenizer)
+    return Opened(path, folder, name, tokenizer, decoder, score, found, drawn)
+
+
+def _check_blocks(folder: ModelFolder, tokenizer: Tokenizer | None) -> None:
+    """A prefix-LM's config.json and tokenizer must name the same tokens, or the context would silently be another one."""
+    blocks = folder.decoder_config.blocks
+    if blocks is None or tokenizer is None:
+        return
+    probe = folder.family.render(Conversation((Message("user", "a"), Message("assistant", "b"))), tokenizer)
+    if blocks.place(probe.tokens) != (probe.context, probe.anchor):
+        raise UserError(
+            f"{folder.path}: bos_token_id and gmask_token_id of config.json ({blocks.start}, {blocks.masks[0]}) are not <sop> and [gMASK] "
+            f"of the tokenizer ({probe.tokens[probe.context]}, {probe.tokens[probe.context - 1]}); one of the two belongs to another model"
+        )
 
 
 def _places(config: ModelConfig, adapter: str | None = None) -> tuple[Path, bool, str, Path]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trueline.config.schema import ModelConfig
-from trueline.data.sample import Sample
+from trueline.data.sample import sample_of
 from trueline.data.stream import key
 from trueline.errors import RunError, UserError
 from trueline.families.export import save_folder
@@ -96,7 +96,8 @@ def probe(opened: Opened) -> Tensor:
     """Log-probabilities (a reward model: scores) of eight fixed pseudo-random token sequences, as far as float64."""
     vocabulary = opened.folder.decoder_config.vocab_size
     rows = [[key(0, "probe", i, t) % vocabulary for t in range(24)] for i in range(8)]
-    batch = pack([Sample(row, [True] * len(row)) for row in rows]).to(opened.decoder.embed.weight.device)
+    blocks = opened.folder.decoder_config.blocks
+    batch = pack([sample_of(row, [True] * len(row), blocks) for row in rows]).to(opened.decoder.embed.weight.device)
     if opened.score is not None:
         return make_scorer(opened.decoder, opened.role, opened.score).eval()(batch).double().cpu()
     return LanguageModel(opened.decoder, opened.role).eval()(batch).double().cpu()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trueline.config.schema import AdapterConfig, ModelConfig, RewardSourceConfig
 from trueline.data.conversation import Message
-from trueline.data.sample import Sample
+from trueline.data.sample import Sample, answered
 from trueline.data.stream import plan
 from trueline.data.tokenizer import Tokenizer
 from trueline.errors import UserError
@@ -87,7 +87,8 @@ def asked_of(prompt: TokenPrompt) -> str:
 def _renderer(policy: Opened, own: Opened | None) -> Callable[[Rollout, TokenPrompt], Sample]:
     """How the reward model sees an answer: the very tokens that were sampled where it shares the policy's template and tokenizer."""
     if own is None or _speaks_alike(policy, own):
-        return lambda rollout, prompt: Sample(rollout.prompt + rollout.tokens, [False] * len(rollout.prompt) + [True] * len(rollout.tokens))
+        blocks = (own or policy).folder.decoder_config.blocks
+        return lambda rollout, prompt: answered(rollout.prompt, rollout.tokens, blocks)
     family, tokenizer = own.folder.family, own.text()
     return lambda rollout, prompt: _translated(rollout, prompt, family, tokenizer)
 

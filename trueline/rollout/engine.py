@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trueline.errors import RunError
 from trueline.model.decoder import Decoder, Prefix
 from trueline.model.heads import LanguageModel, accumulation_dtype
+from trueline.model.layout import places_of
 from trueline.rollout.memory import Decode, Memory, Mixed, Prefill
 from trueline.rollout.packed import PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
@@ -58,7 +59,7 @@ class Work:
 class Running:
     """The requests being answered, in rows 0 .. `len` - 1 without gaps. Tensors lie on the model's device, lists serve the scheduler."""
 
-    def __init__(self, rows: int, max_new_tokens: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, rows: int, max_new_tokens: int, dtype: torch.dtype, device: torch.device, blocks: bool = False):
         self.rows = rows
         self.requests: list[int] = []  # row -> request
         self.starts: list[int] = []  # row -> tokens it has, minus `steps`
@@ -69,6 +70,7 @@ class Running:
         self.chances = torch.zeros(rows, max_new_tokens, dtype=torch.float64, device=device)  # the draw of each token
         self.tokens = torch.zeros(rows, max_new_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(rows, max_new_tokens, dtype=dtype, device=device)
+        self.places = torch.zeros(rows, 2, dtype=torch.int64, device=device) if blocks else None  # where answers start, what they fill
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -108,7 +110,8 @@ class Running:
         if gaps:
             target, source = (torch.tensor(rows, device=self.newest.device) for rows in (gaps, movers))
             memory.copy(source, target, self.longest)
-            for state in (self.newest, self.position, self.made, self.chances, self.tokens, self.logprobs):
+            states = (self.newest, self.position, self.made, self.chances, self.tokens, self.logprobs)
+            for state in states if self.places is None else (*states, self.places):
                 state[target] = state[source]
         for listed in (self.requests, self.starts):
             for gap, mover in zip(gaps, movers, strict=True):
@@ -165,7 +168,8 @@ class Engine:
         _check(prompts, seeds, self.model.decoder.config.vocab_size)
         work = Work([list(p) for p in prompts], list(seeds), sampling)
         weight = self.model.decoder.embed.weight
-        running = Running(min(self.running, len(prompts)), sampling.max_new_tokens, accumulation_dtype(weight.dtype), weight.device)
+        rows, blocks = min(self.running, len(prompts)), self.model.decoder.config.blocks is not None
+        running = Running(rows, sampling.max_new_tokens, accumulation_dtype(weight.dtype), weight.device, blocks)
         stops = torch.zeros(self.model.decoder.config.vocab_size, dtype=torch.bool, device=weight.device)
         stops[[s for s in sampling.stop if 0 <= s < len(stops)]] = True
         with _evaluating(self.model):
@@ -185,18 +189,34 @@ def _run(
     if admitted := [i for group in groups for i in group]:
         running.add(admitted, [len(work.prompts[i]) for i in admitted], [work.seeds[i] for i in admitted])
     memory.reserve(running.rows, running.longest, work.longest)
+    contexts, anchors = _place(decoder, running, old, groups, prompts)
 
+    places = None if running.places is None else running.places[:old]
     if not groups:
-        hidden = decoder(running.newest[:old], Decode.of(running.position[:old], longest, memory), role)
+        hidden = decoder(running.newest[:old], Decode.of(running.position[:old], longest, memory, places), role)
     else:
         leaders = list(accumulate((len(group) for group in groups), initial=old))[:-1]
-        prefill = Prefill.of([len(p) for p in prompts], leaders, memory)
-        layout = Mixed.of(Decode.of(running.position[:old], longest, memory), prefill) if old else prefill
+        prefill = Prefill.of([len(p) for p in prompts], leaders, memory, contexts, anchors)
+        layout = Mixed.of(Decode.of(running.position[:old], longest, memory, places), prefill) if old else prefill
         read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
         hidden = decoder(torch.cat((running.newest[:old], read)), layout, role)
         hidden = hidden[_share(groups, prompts, leaders, old, memory)]
     logits: Tensor = cast(nn.Linear, decoder.head)(hidden)
     return logits.to(accumulation_dtype(logits.dtype))
+
+
+def _place(
+    decoder: Decoder | PackedDecoder, running: Running, old: int, groups: list[list[int]], prompts: list[list[int]]
+) -> tuple[list[int] | None, list[int | None] | None]:
+    """Context and anchor of each admitted prompt, noted for its rows too; None for a model that has neither."""
+    if running.places is None or decoder.config.blocks is None:
+        return None, None
+    found = [decoder.config.blocks.place(prompt) for prompt in prompts]
+    contexts, anchors = [context for context, _ in found], [anchor for _, anchor in found]
+    if groups:
+        sizes = torch.tensor([len(group) for group in groups], device=running.places.device)
+        running.places[old : len(running)] = places_of(contexts, anchors, sizes.device).repeat_interleave(sizes, dim=0)
+    return contexts, anchors
 
 
 def _share(groups: list[list[int]], prompts: list[list[int]], leaders: list[int], old: int, memory: Memory) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trueline.model.attention import decode_attention
 from trueline.model.decoder import DecoderConfig
-from trueline.model.layout import Packed
+from trueline.model.layout import Packed, block_positions, count_up
 
 AHEAD = 64  # columns reserved ahead, at least: growing copies
 
@@ -67,12 +67,14 @@ class Prefill:
     columns: Tensor  # where each token is stored [T]
 
     @staticmethod
-    def of(lengths: list[int], rows: list[int], memory: Memory) -> "Prefill":
+    def of(
+        lengths: list[int], rows: list[int], memory: Memory, contexts: list[int] | None = None, anchors: list[int | None] | None = None
+    ) -> "Prefill":
         device = memory.keys.device
         leaders = torch.tensor(rows, device=device)
         of_token = leaders.repeat_interleave(torch.tensor(lengths, device=device))
-        inner = Packed.of(lengths, device=device)
-        return Prefill(inner, memory, leaders, of_token, inner.positions + memory.front)
+        inner = Packed.of(lengths, contexts, device, anchors)
+        return Prefill(inner, memory, leaders, of_token, count_up(lengths, device) + memory.front)
 
     @property
     def positions(self) -> Tensor:
@@ -92,7 +94,7 @@ class Prefill:
 class Decode:
     """The newest token of each request in rows 0 .. N - 1; its past lies in memory."""
 
-    positions: Tensor  # [N]
+    positions: Tensor  # [N] or [2, N]
     memory: Memory
     rows: Tensor  # 0 .. N - 1
     columns: Tensor  # where each token is stored [N]
@@ -100,16 +102,20 @@ class Decode:
     past: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer [N, G, columns read, d], views of the memory
 
     @staticmethod
-    def of(positions: Tensor, longest: int, memory: Memory) -> "Decode":
-        """`longest` is 1 + the largest position, known without asking the device."""
+    def of(index: Tensor, longest: int, memory: Memory, places: Tensor | None = None) -> "Decode":
+        """`index` `[N]`: each token's in its sequence; `longest` is 1 + the largest, known without asking the device.
+
+        `places` `[N, 2]` makes two rows of positions (`layout.block_positions`).
+        """
         keys = memory.keys
-        columns = positions + memory.front
+        columns = index + memory.front
+        positions = index if places is None else block_positions(index, places)
         unseen = torch.arange(memory.front + longest, device=keys.device) > columns[:, None]
         mask = torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
         # repeated for each head once, for all layers
         mask = mask[:, None, None].expand(-1, keys.shape[2], -1, -1).contiguous()
-        views = (part[:, : len(positions), :, : memory.front + longest].unbind() for part in (keys, memory.values))
-        return Decode(positions, memory, torch.arange(len(positions), device=keys.device), columns, mask, tuple(zip(*views, strict=True)))
+        views = (part[:, : len(index), :, : memory.front + longest].unbind() for part in (keys, memory.values))
+        return Decode(positions, memory, torch.arange(len(index), device=keys.device), columns, mask, tuple(zip(*views, strict=True)))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.memory.write(layer, self.rows, self.columns, k, v)
@@ -125,17 +131,17 @@ class Mixed:
 
     decode: Decode
     prefill: Prefill
-    positions: Tensor  # [N + T]
+    positions: Tensor  # [N + T] or [2, N + T]
 
     @staticmethod
     def of(decode: Decode, prefill: Prefill) -> "Mixed":
-        return Mixed(decode, prefill, torch.cat((decode.positions, prefill.positions)))
+        return Mixed(decode, prefill, torch.cat((decode.positions, prefill.positions), -1))
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        n = len(self.decode.positions)
+        n = len(self.decode.rows)
         return torch.cat((self.decode.attend(layer, q[:n], k[:n], v[:n]), self.prefill.attend(layer, q[n:], k[n:], v[n:])))
 
     def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        n = len(self.decode.positions)
+        n = len(self.decode.rows)
         old = self.decode.attend_prefixed(layer, q[:n], k[:n], v[:n], keys, values)
         return torch.cat((old, self.prefill.attend_prefixed(layer, q[n:], k[n:], v[n:], keys, values)))

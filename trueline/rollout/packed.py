@@ -19,11 +19,12 @@ LARGE, SMALL, STEP = 256, 64, 8  # rows a kernel is called with: it is compiled 
 
 
 def can_pack(decoder: Decoder) -> bool:
-    """float32 on the CPU, in a PyTorch built with oneDNN."""
-    weight = decoder.embed.weight
+    """float32 on the CPU, in a PyTorch built with oneDNN, of a network as below (not ChatGLM-6B's)."""
+    weight, config = decoder.embed.weight, decoder.config
+    usual = config.norm == "rms" and config.gated and config.residual_scale is None and not config.rope_rows
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     whole = type(weight.detach()) is Tensor  # not one rank's part of it
-    return built and whole and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return usual and built and whole and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 class PackedDecoder(nn.Module):
@@ -37,7 +38,7 @@ class PackedDecoder(nn.Module):
         self.order = _channel_order(config)
         self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order) for block in decoder.layers)
         self.end = Scale(config)
-        self.head = PackedHead(cast(nn.Linear, decoder.head), decoder.norm, config)
+        self.head = PackedHead(cast(nn.Linear, decoder.head), cast(nn.RMSNorm, decoder.norm), config)
         size = config.rope_dim or config.head_dim
         self.speeds = 1.0 / config.rope_theta ** (torch.arange(0, size, 2).float() / size)  # as in decoder.rotation
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
@@ -46,7 +47,7 @@ class PackedDecoder(nn.Module):
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
         """States `[T, D]` for `head`, of packed `tokens` `[T]`."""
         if self.prefix is not None:
-            layout = Prefixed(layout, *self.prefix)
+            layout = Prefixed(layout, *self.prefix, self.config.prefix_shifts)
         angles = layout.positions.float()[:, None, None] * self.speeds
         turn = torch.polar(torch.ones_like(angles), angles)  # cosine and sine as one complex number
         x = F.embedding(F.pad(tokens, (0, -len(tokens) % STEP)), self.embed.weight)
@@ -70,7 +71,7 @@ class PackedBlock(nn.Module):
             merged[name] = tuple(None if x is None else _reorder_channels(x, order) for x in merged[name])  # type: ignore[assignment]
         bias = None if merged["q"][1] is None else torch.cat([cast(Tensor, merged[name][1]) for name in "qkv"])
         self.scale = Scale(config)
-        into, after = self.scale.weight(block.attention_norm), self.scale.weight(block.mlp_norm)
+        into, after = (self.scale.weight(cast(nn.RMSNorm, norm)) for norm in (block.attention_norm, block.mlp_norm))
         self.qkv = _pack(torch.cat([merged[name][0] for name in "qkv"]) * into), bias
         self.o = _pack(merged["o"][0]), merged["o"][1]
         self.gate = _pack(merged["gate"][0] * after), merged["gate"][1]

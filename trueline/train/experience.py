@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trueline.config.schema import PpoConfig
-from trueline.data.sample import Sample
+from trueline.data.sample import Sample, answered
 from trueline.data.stream import plan
 from trueline.errors import RunError
 from trueline.model.batch import Batch, pack
@@ -64,11 +64,6 @@ def pack_experience(items: Sequence[Experience]) -> ExperienceBatch:
     return ExperienceBatch(pack([e.sample for e in items]), *columns)
 
 
-def as_sample(rollout: Rollout) -> Sample:
-    """The prompt, and the answer as its trained tokens."""
-    return Sample(rollout.prompt + rollout.tokens, [False] * len(rollout.prompt) + [True] * len(rollout.tokens))
-
-
 @torch.no_grad()
 def appraise(
     rollouts: Sequence[Rollout],
@@ -91,7 +86,8 @@ def appraise(
     The modules are in eval mode. Raises RunError naming the first rollout with a number that is not finite.
     """
     _check_scores(rollouts, scores)
-    samples = [as_sample(r) for r in rollouts]
+    blocks = policy.decoder.config.blocks
+    samples = [answered(r.prompt, r.tokens, blocks) for r in rollouts]
     lengths = [len(s) for s in samples]
     logprobs, ref_logprobs, values = _measure(samples, policy, reference, critic, temperature, max_tokens, world.device)
     trained = torch.tensor([t for s in samples for t in s.trained], dtype=torch.bool)
