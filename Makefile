@@ -12,7 +12,7 @@ MEASUREMENTS = $(sort $(wildcard bench/*.py))
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint frozen bench bench-peers
+.PHONY: help setup demo test test-slow lint frozen parity bench bench-peers
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
@@ -48,6 +48,9 @@ test-slow: $(READY) ## the tests that take minutes
 
 frozen: $(READY) ## rewrite what the structure tests hold frozen: tests/structure/surface.txt, docs/configuration.md
 	$(BIN)/python -m tests.structure.refresh
+
+parity: $(READY) ## run the parity tests and write docs/parity.md from what they measured
+	$(ONE_THREAD) $(BIN)/python -m tests.parity.page
 
 bench: $(READY) ## measure trueline; JSON lines
 	@test -n "$(MEASUREMENTS)" || { echo "no measurements in bench/" >&2; exit 1; }
