@@ -32,6 +32,12 @@ ASPECTS = (
     ("loss and gradients", r"loss_and_gradients"),
     ("logits", r"logits|logprobs|golden|sizes|place|window|rotary|scal"),
 )
+NOTES = (
+    "Each cell: the largest absolute difference the tests of `tests/parity/` saw, by number format, and how many of them passed. The other",
+    "side is transformers (its own classes and chat templates), PEFT, tiktoken and sentencepiece; for ChatGLM-6B, ChatGLM2 and GLM-4 in its",
+    "original layout what the authors' own code returned, and for sizes of which there is no such record a second implementation in the",
+    "tests that was held to it. *equal*: to the last bit. Skipped tests need reference material that is not part of the project.",
+)
 COLUMNS = ("logits", "loss and gradients", "greedy", "rendering", "adapters", "export")
 
 
@@ -74,7 +80,8 @@ def cell(tests: list[str], recorder: Recorder) -> str:
     for test in tests:
         for dtype, apart in recorder.largest.get(test, {}).items():
             largest[dtype] = max(largest.get(dtype, 0.0), apart)
-    sizes = [f"{'equal' if a == 0 else f'{a:.1e}'} {str(d).removeprefix('torch.')}" for d, a in sorted(largest.items(), key=str) if d.is_floating_point]
+    floats = sorted(((str(d).removeprefix("torch."), a) for d, a in largest.items() if d.is_floating_point), key=str)
+    sizes = [f"{'equal' if a == 0 else f'{a:.1e}'} {name}" for name, a in floats]
     count = f"{passed} of {len(tests)}" + (f" ({skipped} skipped)" if skipped else "")
     return "; ".join([*sizes, count])
 
@@ -96,10 +103,7 @@ def write(recorder: Recorder) -> None:
     lines = [
         "# Parity", "",
         f"Written by `make parity` on {datetime.date.today()}: Python {platform.python_version()}, {made}, on a CPU.", "",
-        "Each cell: the largest absolute difference the tests of `tests/parity/` saw, by number format, and how many of them passed. The other side",
-        "is transformers (its own classes and chat templates), PEFT, tiktoken and sentencepiece; for ChatGLM-6B, ChatGLM2 and GLM-4 in its original",
-        "layout what the authors' own code returned, and for sizes of which there is no such record a second implementation in the tests that was",
-        "held to it. *equal*: to the last bit. Skipped tests need reference material that is not part of the project.", "",
+        *NOTES, "",
         *table, "",
         f"Not of one family: {cell(general, recorder)} tests passed.", "",
     ]  # fmt: skip
