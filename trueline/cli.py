@@ -125,6 +125,19 @@ def check(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder, .ckpt file, or folder of rank_N.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="DST", help="What to write: a folder, or a file ending in .ckpt.", show_default=False)],
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="The model's sizes: its folder or MindFormers YAML.")] = None,
+    strategy: Annotated[str | None, typer.Option(metavar="PATH", help="MindSpore strategy file, or a folder of them.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(metavar="N", min=1, help="Ranks that share each weight.")] = None,
+    data_parallel: Annotated[int | None, typer.Option(metavar="N", min=1, help="Copies of these ranks.")] = None,
+) -> None:
+    """Convert MindSpore checkpoints to model folders and back."""
+    _recipe("convert").run(source, out, model, strategy, tensor_parallel, data_parallel)
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for everything the demo writes.")] = "demo",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the data and of every run.")] = 0,

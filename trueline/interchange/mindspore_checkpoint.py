@@ -61,7 +61,8 @@ def read_checkpoint(path: Path) -> dict[str, Stored]:
     except OSError as problem:
         raise UserError(f"{path}: cannot be read ({problem.strerror or problem})") from None
     except BrokenMessage as problem:
-        raise UserError(f"{path}: not a whole MindSpore checkpoint ({problem}); encrypted ones cannot be read, else copy it again") from None
+        what = "not a whole MindSpore checkpoint"
+        raise UserError(f"{path}: {what} ({problem}); copy it again (encrypted ones cannot be read)") from None
 
 
 def _without_crc(data: mmap.mmap) -> int:

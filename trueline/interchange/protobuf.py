@@ -1,6 +1,7 @@
 """Protocol-buffer messages, read where they lie and written by hand. One rule: no length is believed beyond the end of its message."""
 
-from collections.abc import Iterator, Sequence
+import mmap
+from collections.abc import Iterator
 
 Span = tuple[int, int]
 """Where bytes begin and end in their buffer."""
@@ -11,7 +12,7 @@ class BrokenMessage(Exception):
     """Bytes that are no message; the text says what is wrong, without the file's name."""
 
 
-def read_fields(data: Sequence[int], span: Span) -> Iterator[tuple[int, int | Span]]:
+def read_fields(data: bytes | mmap.mmap, span: Span) -> Iterator[tuple[int, int | Span]]:
     """`(number, value)` of each field between the ends of `span`: an integer, or the span of bytes, text, or an inner message."""
     position, end = span
     while position < end:
@@ -30,7 +31,7 @@ def read_fields(data: Sequence[int], span: Span) -> Iterator[tuple[int, int | Sp
             raise BrokenMessage(f"byte {position}: a field of unknown kind {wire}")
 
 
-def read_integers(data: Sequence[int], value: int | Span) -> list[int]:
+def read_integers(data: bytes | mmap.mmap, value: int | Span) -> list[int]:
     """A repeated integer's next values: one, or several packed together."""
     if isinstance(value, int):
         return [value]
@@ -56,7 +57,7 @@ def write_header(number: int, length: int) -> bytes:
     return _bytes(number << 3 | 2) + _bytes(length)
 
 
-def _varint(data: Sequence[int], position: int, end: int) -> tuple[int, int]:
+def _varint(data: bytes | mmap.mmap, position: int, end: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if position == end:
