@@ -1,6 +1,8 @@
 """Run by MindSpore's own Python, in the folder with the files: `write` makes what we read, `read` compares what we wrote."""
 
+import gzip
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -56,6 +58,40 @@ def write() -> None:
         file.write(strategy.SerializeToString())
 
 
+def fixtures() -> None:
+    """The files under fixtures/, small: pages of 32 KiB."""
+    tensors = [
+        {"name": "a.f32", "data": mindspore.Tensor(np.arange(6, dtype=np.float32).reshape(2, 3))},
+        {"name": "b.f16", "data": mindspore.Tensor(np.arange(4, dtype=np.float16))},
+        {"name": "c.bf16", "data": mindspore.Tensor(np.arange(4, dtype=np.float32), mindspore.bfloat16)},
+        {"name": "d.i64", "data": mindspore.Tensor(np.arange(4, dtype=np.int64))},
+        {"name": "e.scalar", "data": mindspore.Tensor(3, mindspore.int32)},
+        {"name": "f.bool", "data": mindspore.Tensor([True, False])},
+    ]
+    mindspore.save_checkpoint(tensors, "types.ckpt", append_dict={"epoch_num": 3, "lr": 0.5, "name": "x", "flag": True})
+    mindspore.save_checkpoint(tensors[:1], "crc.ckpt", crc_check=True)
+    pages = [{"ids": np.full(900, 1000 * i), "box": np.full((2, 150), i, np.float32)} for i in range(40)]
+    kinds = {"ids": {"type": "int64", "shape": [-1]}, "box": {"type": "float32", "shape": [2, -1]}}
+    plain = [{"number": i, "text": f"行{i}"} for i in range(3)]
+    cases = [
+        ("all.mindrecord", 1, columns(), records()),
+        ("four.mindrecord", 4, columns(), records()),
+        ("pages.mindrecord", 1, kinds, pages),
+    ]
+    cases += [("one.mindrecord", 1, {"ids": kinds["ids"]}, [{"ids": np.arange(i + 1)} for i in range(3)])]
+    cases += [("plain.mindrecord", 1, {"number": {"type": "int64"}, "text": {"type": "string"}}, plain)]
+    for name, shards, schema, rows in cases:
+        writer = FileWriter(name, shards, overwrite=True)
+        writer.set_header_size(1 << 14)
+        writer.set_page_size(1 << 15)
+        writer.add_schema(schema, "fixture")
+        writer.write_raw_data(rows)
+        writer.commit()
+    for file in Path().glob("*.mindrecord*"):
+        if file.suffix != ".db":
+            Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes(), mtime=0))
+
+
 def read() -> None:
     for file in ("ours.ckpt", "ours-pieces.ckpt"):
         found = mindspore.load_checkpoint(file)
@@ -67,7 +103,7 @@ def read() -> None:
     assert np.array_equal(large, numbers(150_000, 1000))
     for shards in SHARDS:
         first = f"ours{shards}.mindrecord" + ("0" if shards > 1 else "")
-        rows = [{name: value for name, value in row.items()} for row in FileReader(first).get_next()]
+        rows = [dict(row.items()) for row in FileReader(first).get_next()]
         data = mindspore.dataset.MindDataset(first, shuffle=False)
         again = list(data.create_dict_iterator(num_epochs=1, output_numpy=True))
         assert len(rows) == len(again) == 15
@@ -88,5 +124,5 @@ if __name__ == "__main__":
     from mindspore.mindrecord import FileReader, FileWriter
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
 
-    {"write": write, "read": read}[sys.argv[1]]()
+    {"write": write, "read": read, "fixtures": fixtures}[sys.argv[1]]()
     print("done")

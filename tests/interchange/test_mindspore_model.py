@@ -97,7 +97,10 @@ def test_glm_is_fused(model: Path, trueline: Commands, tmp_path: Path) -> None:
 
 
 SPLIT = {"query_key_value": ("wq", "wk", "wv"), "dense_h_to_4h": ("dense_left", "dense_right")}
-FUSE = {"attention.w_qkv": ("attention.wq", "attention.wk", "attention.wv"), "feed_forward.w_gate_hidden": ("feed_forward.w1", "feed_forward.w3")}
+FUSE = {
+    "attention.w_qkv": ("attention.wq", "attention.wk", "attention.wv"),
+    "feed_forward.w_gate_hidden": ("feed_forward.w1", "feed_forward.w3"),
+}
 
 
 @pytest.mark.parametrize("model", ["qwen2", "glm"], indirect=True)
@@ -123,14 +126,14 @@ def test_other_forms_are_read(model: Path, trueline: Commands, tmp_path: Path) -
 
 def test_sizes_from_yaml(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
     """Next to the checkpoint, in MindFormers' words, for both of its configuration classes; the model is the same."""
-    llama = dict(
-        type="LlamaConfig", hidden_size=32, num_layers=2, num_heads=4, n_kv_heads=2, vocab_size=320, intermediate_size=48, qkv_has_bias=True,
-        rms_norm_eps=1e-6, theta=10000.0, seq_length=512,
-    )  # fmt: skip
-    glm = dict(
-        type="ChatGLM2Config", hidden_size=32, num_layers=2, num_attention_heads=4, multi_query_group_num=2, padded_vocab_size=320, kv_channels=8,
-        ffn_hidden_size=48, add_qkv_bias=True, layernorm_epsilon=1.5625e-7, rope_ratio=1, seq_length=512, multi_query_attention=True,
-    )  # fmt: skip
+    llama = {
+        "type": "LlamaConfig", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "intermediate_size": 48, "qkv_has_bias": True,
+        "rms_norm_eps": 1e-6, "theta": 10000.0, "seq_length": 512,
+    }  # fmt: skip
+    glm = {
+        "type": "ChatGLM2Config", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "multi_query_group_num": 2, "padded_vocab_size": 320, "kv_channels": 8,
+        "ffn_hidden_size": 48, "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-7, "rope_ratio": 1, "seq_length": 512, "multi_query_attention": True,
+    }  # fmt: skip
     for family, settings in (("qwen2", llama), ("glm", glm)):
         place = tmp_path / family
         place.mkdir()
@@ -150,10 +153,10 @@ def test_rearranged_heads(toys: Toys, trueline: Commands, tmp_path: Path) -> Non
         if "query_key_value" in name:
             found[name] = found[name][order]
     write_checkpoint(tmp_path / "turned.ckpt", found.items())
-    settings = dict(
-        type="ChatGLM2Config", hidden_size=32, num_layers=2, num_attention_heads=4, multi_query_group_num=2, padded_vocab_size=320, kv_channels=8,
-        ffn_hidden_size=48, add_qkv_bias=True, layernorm_epsilon=1.5625e-7, use_rearrange_rope=True,
-    )  # fmt: skip
+    settings = {
+        "type": "ChatGLM2Config", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "multi_query_group_num": 2, "padded_vocab_size": 320, "kv_channels": 8,
+        "ffn_hidden_size": 48, "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-7, "use_rearrange_rope": True,
+    }  # fmt: skip
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": {"model_config": settings}}))
     trueline("convert", tmp_path / "turned.ckpt", tmp_path / "back").ok()
     assert same(weights(toys.model("glm")), weights(tmp_path / "back"))
@@ -183,7 +186,11 @@ def strategy(path: Path, rows: dict[str, tuple[list[int], list[int], int, int]])
         return b"".join(b"\x08" + (bytes([value]) if value >= 0 else b"\xff" * 9 + b"\x01") for value in values)
 
     items = [
-        message(3, message(1, name.encode()) + message(2, message(1, integers(grid)) + message(2, integers(axes)) + bytes([0x30, step, 0x38, size])))
+        message(
+            3,
+            message(1, name.encode())
+            + message(2, message(1, integers(grid)) + message(2, integers(axes)) + bytes([0x30, step, 0x38, size])),
+        )
         for name, (grid, axes, step, size) in rows.items()
     ]
     path.write_bytes(b"".join(items))
@@ -195,7 +202,12 @@ def test_strategy_files_place_what_shapes_cannot(toys: Toys, trueline: Commands,
     found = ckpt(tmp_path / "one.ckpt")
     columns = (".wo.", ".w2.")
     rows = {
-        name: ([2, 2], [-1, 0] if any(c in name for c in columns) else [0, -1] if tensor.dim() == 2 else [0] if "bias" in name else [-1], 2, 2)
+        name: (
+            [2, 2],
+            [-1, 0] if any(c in name for c in columns) else [0, -1] if tensor.dim() == 2 else [0] if "bias" in name else [-1],
+            2,
+            2,
+        )
         for name, tensor in found.items()
     }
     strategy(tmp_path / "strategy_0.ckpt", rows)

@@ -14,7 +14,8 @@ def test_documented_examples() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"\x08", b"\x08\x96", b"\x12\x7fabc", b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x0b", b"\x08" + b"\xff" * 11, b"\x0d\x00"]
+    "data",
+    [b"\x08", b"\x08\x96", b"\x12\x7fabc", b"\x12\xff\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x0b", b"\x08" + b"\xff" * 11, b"\x0d\x00"],
 )
 def test_hostile_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(BrokenMessage):

@@ -8,6 +8,7 @@ each follow their length (u64, big-endian), unless there is only one. Arrays of 
 import json
 import mmap
 import os
+import re
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
@@ -47,6 +48,11 @@ class _Shard:
                 raise _Broken(f"page {page['page_id']} lies beyond the file's end")
             spans.append((start, start + page["page_size"]))
         return spans
+
+
+def is_mindrecord(path: Path) -> bool:
+    """Whether the name is that of a MindRecord file or of one of its shards."""
+    return re.fullmatch(r"\.mindrecord\d*", path.suffix) is not None
 
 
 def read_mindrecord(path: str | Path) -> Iterator[Row]:
