@@ -51,7 +51,8 @@ def test_dpo_pairs_in_chatml(toys: Toys, trueline: Commands, tmp_path: Path) -> 
         ids = [*encode(answer), end]
         row |= {
             f"{side}_input_ids": padded(prompt + ids, 128), f"{side}_labels": padded(prompt + ids, 128),
-            f"{side}_attention_mask": padded([1] * len(prompt + ids), 128), f"{side}_loss_mask": padded([0] * len(prompt) + [1] * len(ids), 128),
+            f"{side}_attention_mask": padded([1] * len(prompt + ids), 128),
+            f"{side}_loss_mask": padded([0] * len(prompt) + [1] * len(ids), 128),
             f"{side}_ref_logps": np.array([-3.5], np.float32),
         }  # fmt: skip
     kinds = {name: "float32" if "logps" in name else "int32" for name in row}
@@ -77,7 +78,11 @@ def test_reward_pairs_share_their_prompt(toys: Toys, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["qwen2", "glm"])
 def test_conversations_there_and_back(toys: Toys, trueline: Commands, tmp_path: Path, family: str) -> None:
     records = [
-        {"messages": [{"role": "system", "content": "say"}, {"role": "user", "content": "红 blue?"}, {"role": "assistant", "content": "蓝."}]},
+        {
+            "messages": [
+                {"role": "system", "content": "say"}, {"role": "user", "content": "红 blue?"}, {"role": "assistant", "content": "蓝."},
+            ]
+        },
         {
             "messages": [
                 {"role": "system", "content": "say"}, {"role": "user", "content": "one"}, {"role": "assistant", "content": "二"},

@@ -127,12 +127,14 @@ def test_other_forms_are_read(model: Path, trueline: Commands, tmp_path: Path) -
 def test_sizes_from_yaml(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
     """Next to the checkpoint, in MindFormers' words, for both of its configuration classes; the model is the same."""
     llama = {
-        "type": "LlamaConfig", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "n_kv_heads": 2, "vocab_size": 320, "intermediate_size": 48, "qkv_has_bias": True,
-        "rms_norm_eps": 1e-6, "theta": 10000.0, "seq_length": 512,
+        "type": "LlamaConfig", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "n_kv_heads": 2, "vocab_size": 320,
+        "intermediate_size": 48, "qkv_has_bias": True, "rms_norm_eps": 1e-6, "theta": 10000.0, "seq_length": 512,
     }  # fmt: skip
     glm = {
-        "type": "ChatGLM2Config", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "multi_query_group_num": 2, "padded_vocab_size": 320, "kv_channels": 8,
-        "ffn_hidden_size": 48, "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-7, "rope_ratio": 1, "seq_length": 512, "multi_query_attention": True,
+        "type": "ChatGLM2Config", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4,
+        "multi_query_group_num": 2, "padded_vocab_size": 320,
+        "kv_channels": 8, "ffn_hidden_size": 48, "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-7,
+        "rope_ratio": 1, "seq_length": 512, "multi_query_attention": True,
     }  # fmt: skip
     for family, settings in (("qwen2", llama), ("glm", glm)):
         place = tmp_path / family
@@ -154,8 +156,9 @@ def test_rearranged_heads(toys: Toys, trueline: Commands, tmp_path: Path) -> Non
             found[name] = found[name][order]
     write_checkpoint(tmp_path / "turned.ckpt", found.items())
     settings = {
-        "type": "ChatGLM2Config", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "multi_query_group_num": 2, "padded_vocab_size": 320, "kv_channels": 8,
-        "ffn_hidden_size": 48, "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-7, "use_rearrange_rope": True,
+        "type": "ChatGLM2Config", "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4,
+        "multi_query_group_num": 2, "padded_vocab_size": 320,
+        "kv_channels": 8, "ffn_hidden_size": 48, "add_qkv_bias": True, "layernorm_epsilon": 1.5625e-7, "use_rearrange_rope": True,
     }  # fmt: skip
     (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": {"model_config": settings}}))
     trueline("convert", tmp_path / "turned.ckpt", tmp_path / "back").ok()

@@ -130,7 +130,7 @@ def import_model(source: Path, out: Path, plan: Plan, tensor_parallel: int | Non
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
-        write_tensors(temporary, noted())
+        write_tensors(temporary, noted(), shard_bytes=1e9)  # a shard is held until it is whole
         for name in COMPANIONS if plan.folder else ():
             if plan.folder and (plan.folder / name).is_file():
                 shutil.copyfile(plan.folder / name, temporary / name)
