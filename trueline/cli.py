@@ -125,6 +125,21 @@ def check(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder, .ckpt, folder of rank_N, .mindrecord.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="DST", help="A folder, or a .ckpt, .jsonl or .mindrecord file.", show_default=False)],
+    model: Annotated[str | None, typer.Option(metavar="PATH", help="The model's sizes: its folder or MindFormers YAML.")] = None,
+    strategy: Annotated[str | None, typer.Option(metavar="PATH", help="MindSpore strategy file, or a folder of them.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(metavar="N", min=1, help="Ranks that share each weight.")] = None,
+    data_parallel: Annotated[int | None, typer.Option(metavar="N", min=1, help="Copies of these ranks.")] = None,
+    prompt_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a prompt in MindRecord.")] = 2048,
+    length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a whole record in MindRecord.")] = 4096,
+) -> None:
+    """Convert MindSpore checkpoints and data sets to open formats and back."""
+    _recipe("convert").run(source, out, model, strategy, tensor_parallel, data_parallel, (prompt_length, length))
+
+
+@app.command()
 def demo(
     out: Annotated[str, typer.Option(metavar="DIR", help="Folder for everything the demo writes.")] = "demo",
     seed: Annotated[int, typer.Option(metavar="N", min=0, help="Seed of the data and of every run.")] = 0,
