@@ -91,7 +91,12 @@ def test_demo_lora(tmp_path: Path) -> None:
     assert (adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.targets) == ("lora", 8, 32, 0.1, ("q", "k", "v"))
     assert (config.data.train, config.data.eval, config.data.max_length) == (("train.jsonl",), ("dev.jsonl",), 1012)
     assert config.batch.sequences == 2 * 4 * 4
-    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.warmup, config.optimizer.schedule) == (5e-4, (0.9, 0.98), 0.1, "cosine")
+    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.warmup, config.optimizer.schedule) == (
+        5e-4,
+        (0.9, 0.98),
+        0.1,
+        "cosine",
+    )
     run = config.run
     assert (run.steps, run.epochs, run.save_every, run.eval_every, run.log_every, run.seed) == (3000, None, 500, 250, 10, 42)
     assert it.evaluate == {"data.eval": "test.jsonl", "sampling.max_new_tokens": 512}
@@ -112,7 +117,14 @@ def test_demo_prefix_and_full_and_last_turn(tmp_path: Path) -> None:
 
 
 def test_epochs_steps_and_strategies(tmp_path: Path) -> None:
-    arguments = {"num_train_epochs": 2, "warmup_steps": 20, "warmup_ratio": 0.5, "save_strategy": "no", "save_steps": 9, "eval_strategy": "no"}
+    arguments = {
+        "num_train_epochs": 2,
+        "warmup_steps": 20,
+        "warmup_ratio": 0.5,
+        "save_strategy": "no",
+        "save_steps": 9,
+        "eval_strategy": "no",
+    }
     it = converted(written(tmp_path / "a.yaml", {"data_config": {"train_file": "t.jsonl"}, "training_args": arguments}))
     config = loaded(it, tmp_path)
     assert (config.run.epochs, config.run.steps, config.run.save_every, config.run.eval_every) == (2, None, 0, 0)
@@ -159,10 +171,22 @@ def test_mindrlhf_ppo(tmp_path: Path) -> None:
     assert ppo.ptx_coefficient == pytest.approx(9.0) and config.data.ptx  # 0.9 : 0.1
     rate = config.optimizer
     assert (rate.lr, rate.floor, rate.warmup, rate.weight_decay, rate.max_norm) == (8e-6, 0.1, 0.016, 0.1, 10.0)
-    assert (config.sampling.temperature, config.sampling.top_k, config.sampling.max_new_tokens, config.data.max_length) == (1.0, 0, 512, 4096)
+    assert (config.sampling.temperature, config.sampling.top_k, config.sampling.max_new_tokens, config.data.max_length) == (
+        1.0,
+        0,
+        512,
+        4096,
+    )
     assert str(config.run.output) == "out" and config.run.save_every == 5000
     assert reasons(it)["lr"] == reasons(it)["weight_decay"] == "the old program never read it"
-    for words in ("num_layers 20", "rope_ratio is 500", "also a stop token", "was added to the reward", "greedy", "padded with the pad token"):
+    for words in (
+        "num_layers 20",
+        "rope_ratio is 500",
+        "also a stop token",
+        "was added to the reward",
+        "greedy",
+        "padded with the pad token",
+    ):
         assert warned(it, words), words
     assert warned(it, "gamma and lam were ignored") and warned(it, "sigmoid") and warned(it, "never left the warm-up")
 
@@ -186,10 +210,14 @@ def test_mindrlhf_dpo(alpha: float, beta: float, wanted: tuple[float, float], tm
 
 
 def test_mindrlhf_reward_model(tmp_path: Path) -> None:
-    text = MINDRLHF.format(task="RewardModelDataset", kind="ChatGLM2Config", arch="Glm4RewardModel", more="alpha: 1.0, beta: 1.0, do_sample: True")
+    text = MINDRLHF.format(
+        task="RewardModelDataset", kind="ChatGLM2Config", arch="Glm4RewardModel", more="alpha: 1.0, beta: 1.0, do_sample: True"
+    )
     it = converted(written(tmp_path / "rm.yaml", text))
     config = loaded(it, tmp_path)
-    assert it.stage == "reward" and config.ranking.loss == "tokenwise" and warned(it, "beyond 2048 tokens") and warned(it, "PPO did not use")
+    assert (
+        it.stage == "reward" and config.ranking.loss == "tokenwise" and warned(it, "beyond 2048 tokens") and warned(it, "PPO did not use")
+    )
 
 
 SCRIPT = """#!/bin/bash
@@ -224,7 +252,14 @@ def test_chatglm_commands(script: str, stage: str, tmp_path: Path) -> None:
 
 
 def test_chatglm_json_and_evaluation(tmp_path: Path) -> None:
-    values = {"stage": "rm", "model_name_or_path": "m", "finetuning_type": "p_tuning", "pre_seq_len": 64, "dev_ratio": 0.1, "do_train": True}
+    values = {
+        "stage": "rm",
+        "model_name_or_path": "m",
+        "finetuning_type": "p_tuning",
+        "pre_seq_len": 64,
+        "dev_ratio": 0.1,
+        "do_train": True,
+    }
     path = tmp_path / "arguments.json"
     path.write_text(json.dumps(values))
     config = loaded(it := converted(path), tmp_path)
@@ -246,7 +281,9 @@ def test_projections() -> None:
 def test_the_command(trueline: Commands, tmp_path: Path) -> None:
     old = written(tmp_path / "lora.yaml", DEMO)
     printed = trueline("import", old).ok().out
-    assert "trueline sft sft.yaml" in printed and "model:\n  path: THUDM/glm-4-9b-chat-hf" in printed and not (tmp_path / "sft.yaml").exists()
+    assert (
+        "trueline sft sft.yaml" in printed and "model:\n  path: THUDM/glm-4-9b-chat-hf" in printed and not (tmp_path / "sft.yaml").exists()
+    )
     new = tmp_path / "new.yaml"
     account = trueline("import", old, "--out", new, "--model", "my-model", "--devices", 2).ok().out
     assert "data.max_length = 1012" in account and f"trueline sft {new}" in account
