@@ -124,6 +124,20 @@ def check(
     _recipe("check").check(files, model, show, format)
 
 
+@app.command("import")
+def import_configuration(
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE|key=value...", help="YAML or JSON files, or a text with the old command line.", show_default=False),
+    ],
+    out: Annotated[str | None, typer.Option(metavar="CONFIG.yaml", help="Write the new configuration here.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="DIR", help="The model, when the old files do not name one we can read.")] = None,
+    devices: Annotated[int, typer.Option(metavar="N", min=1, help="Devices the old run used; its batch was per device.")] = 1,
+) -> None:
+    """Turn another program's configuration into ours."""
+    _recipe("legacy").run(files, out, model, devices)
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Model folder, .ckpt, folder of rank_N, .mindrecord.", show_default=False)],

@@ -1,0 +1,295 @@
+"""Old configurations become ours: every key is accounted for once, units are converted, known mistakes are named."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.recipes.commands import Commands
+from trueline.config.load import load_config
+from trueline.config.schema import STAGES
+from trueline.errors import UserError
+from trueline.interchange.legacy import Conversion, projections, read_old
+from trueline.recipes.legacy import convert, nested
+
+DEMO: dict[str, Any] = {
+    "data_config": {"train_file": "train.jsonl", "val_file": "dev.jsonl", "test_file": "test.jsonl", "num_proc": 1},
+    "max_input_length": 512,
+    "max_output_length": 500,
+    "training_args": {
+        "output_dir": "./output", "max_steps": 3000, "learning_rate": 5e-4, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4, "dataloader_num_workers": 16, "save_strategy": "steps", "save_steps": 500, "eval_steps": 250,
+        "evaluation_strategy": "steps", "logging_steps": 10, "warmup_ratio": 0.1, "lr_scheduler_type": "cosine", "adam_beta2": 0.98,
+        "generation_config": {"max_new_tokens": 512}, "deepspeed": "configs/ds_zero_3.json",
+    },
+    "peft_config": {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 32, "lora_dropout": 0.1},
+}  # fmt: skip
+MINDRLHF = """
+seed: 7
+output_dir: './output'
+load_checkpoint: ''
+use_parallel: True
+runner_config: {{epochs: 10, batch_size: 1, sink_mode: True}}
+optimizer: {{type: AdamW, beta1: 0.9, beta2: 0.95, eps: 1.e-8, learning_rate: 5.0e-6, weight_decay: 0.01}}
+lr_schedule: {{type: CosineWithWarmUpLR, learning_rate: 5.0e-6, lr_end: 5.0e-7, warmup_ratio: 0.1, total_steps: -1}}
+runner_wrapper: {{type: MFTrainOneStepCell, use_clip_grad: True}}
+train_dataset: &train
+  data_loader: {{type: MindDataset, dataset_dir: "", shuffle: True}}
+  input_columns: [chosen_input_ids, rejected_input_ids]
+train_dataset_task: {{type: {task}, dataset_config: *train}}
+use_parallel: True
+parallel_config: {{data_parallel: 8, model_parallel: 1}}
+recompute_config: {{recompute: True}}
+callbacks:
+  - type: MFLossMonitor
+  - {{type: CheckpointMonitor, save_checkpoint_steps: 5000, keep_checkpoint_max: 1}}
+context: {{device_target: Ascend}}
+model:
+  model_config: {{type: {kind}, seq_length: 4096, {more}}}
+  arch: {{type: {arch}}}
+"""
+GLM = "hidden_size: 4096, num_layers: 20, rope_ratio: {ratio}, eos_token_id: [151329, 151336], pad_token_id: 151329, max_decode_length: 512"
+
+
+def converted(*files: str | Path, devices: int = 1) -> Conversion:
+    """The conversion, with every key of the input found in exactly one place, and settings that the schema takes."""
+    given, scripts = read_old([str(file) for file in files], [])
+    it = convert(given, scripts, "the files", devices)
+    ends = Counter((old.name, old.where) for old in [*(old for old, *_ in it.moved), *(old for old, _ in it.dropped), *it.unknown])
+    assert ends == Counter((old.name, old.where) for olds in given.values() for old in olds)
+    assert it.settings.keys() == {new for _, new, *_ in it.moved} | {new for new, *_ in it.added}
+    return it
+
+
+def loaded(it: Conversion, tmp_path: Path) -> Any:
+    path = tmp_path / "new.yaml"
+    path.write_text(yaml.safe_dump(nested(it)))
+    return load_config(STAGES[it.stage], [path])
+
+
+def written(path: Path, text: str | dict[str, Any]) -> Path:
+    path.write_text(text if isinstance(text, str) else yaml.safe_dump(text), encoding="utf-8")
+    return path
+
+
+def warned(it: Conversion, words: str) -> bool:
+    return any(words in sentence for sentence in it.warnings)
+
+
+def reasons(it: Conversion) -> dict[str, str]:
+    return {old.name: why for old, why in it.dropped}
+
+
+def test_demo_lora(tmp_path: Path) -> None:
+    it = converted(written(tmp_path / "lora.yaml", DEMO), devices=4)
+    config = loaded(it, tmp_path)
+    adapter = config.model.adapter
+    assert (adapter.kind, adapter.rank, adapter.alpha, adapter.dropout, adapter.targets) == ("lora", 8, 32, 0.1, ("q", "k", "v"))
+    assert (config.data.train, config.data.eval, config.data.max_length) == (("train.jsonl",), ("dev.jsonl",), 1012)
+    assert config.batch.sequences == 2 * 4 * 4
+    assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.warmup, config.optimizer.schedule) == (
+        5e-4,
+        (0.9, 0.98),
+        0.1,
+        "cosine",
+    )
+    run = config.run
+    assert (run.steps, run.epochs, run.save_every, run.eval_every, run.log_every, run.seed) == (3000, None, 500, 250, 10, 42)
+    assert it.evaluate == {"data.eval": "test.jsonl", "sampling.max_new_tokens": 512}
+    assert "FSDP" in reasons(it)["training_args.deepspeed"] and not it.unknown
+    assert warned(it, "first 50 rows") and warned(it, "`no` (and `0`) skipped") and warned(it, "tool calls")
+
+
+def test_demo_prefix_and_full_and_last_turn(tmp_path: Path) -> None:
+    prefix = DEMO | {"peft_config": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 512, "num_attention_heads": 2, "token_dim": 256}}
+    adapter = loaded(converted(written(tmp_path / "p.yaml", prefix)), tmp_path).model.adapter
+    assert (adapter.kind, adapter.tokens) == ("ptuning", 512)
+    later = {name: value for name, value in DEMO.items() if name != "peft_config"} | {"combine": True, "freezeV": True, "swanlab": "local"}
+    it = converted(written(tmp_path / "later.yaml", later))
+    config = loaded(it, tmp_path)
+    assert config.model.adapter.kind == "full" and config.data.train_on == "last"
+    assert warned(it, "combine trained only the last answer") and not warned(it, "first 50 rows")
+    assert {"freezeV", "swanlab"} <= reasons(it).keys()
+
+
+def test_epochs_steps_and_strategies(tmp_path: Path) -> None:
+    arguments = {
+        "num_train_epochs": 2,
+        "warmup_steps": 20,
+        "warmup_ratio": 0.5,
+        "save_strategy": "no",
+        "save_steps": 9,
+        "eval_strategy": "no",
+    }
+    it = converted(written(tmp_path / "a.yaml", {"data_config": {"train_file": "t.jsonl"}, "training_args": arguments}))
+    config = loaded(it, tmp_path)
+    assert (config.run.epochs, config.run.steps, config.run.save_every, config.run.eval_every) == (2, None, 0, 0)
+    assert config.optimizer.warmup == 20 and config.optimizer.lr == 5e-5 and config.batch.sequences == 8  # transformers' defaults
+    both = arguments | {"max_steps": 5}
+    config = loaded(converted(written(tmp_path / "b.yaml", {"training_args": both, "data_config": {"train_file": "t.jsonl"}})), tmp_path)
+    assert (config.run.epochs, config.run.steps) == (None, 5)
+
+
+def test_unknown_keys_and_deepspeed_files(tmp_path: Path) -> None:
+    ds = {"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}, "train_micro_batch_size_per_gpu": "auto"}
+    beside = tmp_path / "ds_zero_3.json"
+    beside.write_text(json.dumps(ds, indent=1))
+    strange = DEMO | {"training_args": DEMO["training_args"] | {"lerning_rate": 1}}
+    it = converted(written(tmp_path / "lora.yaml", strange), beside)
+    assert [(old.name, re.sub(r"\d+$", "N", Path(old.where).name)) for old in it.unknown] == [("training_args.lerning_rate", "lora.yaml:N")]
+    assert {why for name, why in reasons(it).items() if name.startswith(("zero", "bf16", "train_micro"))} == {reasons(it)["bf16.enabled"]}
+    with pytest.raises(UserError, match="a DeepSpeed configuration alone"):
+        converted(beside)
+    with pytest.raises(UserError, match="none of the configurations known here: looked for training_args"):
+        converted(written(tmp_path / "other.yaml", {"a": 1}))
+    with pytest.raises(UserError, match="lora.yaml:.*found 'auto', expected a number"):
+        converted(written(tmp_path / "lora.yaml", {"training_args": {"per_device_train_batch_size": "auto"}}))
+
+
+def ppo_files(tmp_path: Path) -> list[Path]:
+    model = MINDRLHF.format(task="X", kind="ChatGLM2Config", arch="ChatGLM2ForConditionalGeneration", more="do_sample: False, top_k: 1, {}")
+    train = written(tmp_path / "finetune.yaml", model.replace("{}", GLM.format(ratio=1)))
+    predict = written(tmp_path / "predict.yaml", model.replace("{}", GLM.format(ratio=500)))
+    keys = "class PPOConfig:\n    epochs: int = 2\n    batch_size: int = 2\n    num_rollouts: int = 16\n    kl_coef: float = 0.03\n"
+    keys += "    gamma: float = 0.9\n    lam: float = 0.95\n    cliprange: float = 0.3  # a remark\n    pretrain_coef: float = 0.9\n"
+    keys += "    lr: float = 9.0e-6\n    start_lr: float = 8e-6\n    end_lr: float = 8e-7\n    warmup_step: int = 3200\n    decay_steps: int = 200000\n"
+    keys += "    weight_decay: float = 0.01\n    is_shared_backbone: bool = True\n    init_kl_coef: float = 0.1\n    save_ckpt_dir: str = './out'\n"
+    return [predict, train, written(tmp_path / "ppo_configs.py", keys)]
+
+
+def test_mindrlhf_ppo(tmp_path: Path) -> None:
+    it = converted(*ppo_files(tmp_path), "cliprange_value=0.1")
+    config = loaded(it, tmp_path)
+    assert it.stage == "ppo" and config.model.path == "THUDM/glm-4-9b-chat-hf" and config.model.recompute
+    ppo = config.ppo
+    assert (ppo.kl_coefficient, ppo.gamma, ppo.lam, ppo.clip, ppo.value_clip, ppo.whiten) == (0.03, 0.9, 0.95, 0.3, 0.1, False)
+    assert (ppo.epochs, ppo.minibatches, config.rollout.prompts, config.run.steps) == (2, 8, 16, 10)
+    assert ppo.ptx_coefficient == pytest.approx(9.0) and config.data.ptx  # 0.9 : 0.1
+    rate = config.optimizer
+    assert (rate.lr, rate.floor, rate.warmup, rate.weight_decay, rate.max_norm) == (8e-6, 0.1, 0.016, 0.1, 10.0)
+    assert (config.sampling.temperature, config.sampling.top_k, config.sampling.max_new_tokens, config.data.max_length) == (
+        1.0,
+        0,
+        512,
+        4096,
+    )
+    assert str(config.run.output) == "out" and config.run.save_every == 5000
+    assert reasons(it)["lr"] == reasons(it)["weight_decay"] == "the old program never read it"
+    for words in (
+        "num_layers 20",
+        "rope_ratio is 500",
+        "also a stop token",
+        "was added to the reward",
+        "greedy",
+        "padded with the pad token",
+    ):
+        assert warned(it, words), words
+    assert warned(it, "gamma and lam were ignored") and warned(it, "sigmoid") and warned(it, "never left the warm-up")
+
+
+def test_a_pretraining_share_of_nothing_is_no_mix(tmp_path: Path) -> None:
+    config = loaded(converted(*ppo_files(tmp_path), "pretrain_coef=0.0"), tmp_path)
+    assert config.ppo.ptx_coefficient == 0 and not config.data.ptx
+
+
+@pytest.mark.parametrize(("alpha", "beta", "wanted"), [(1.0, 0.2, (0.2, 0.2)), (0.3, 1.0, (0.1, 0.3)), (1.0, 1.0, (0.1, 1.0))])
+def test_mindrlhf_dpo(alpha: float, beta: float, wanted: tuple[float, float], tmp_path: Path) -> None:
+    """alpha DPO + beta SFT with beta twice in the first version, DPO + alpha SFT in the later one."""
+    more = f"hidden_size: 3584, num_layers: 28, alpha: {alpha}, beta: {beta}"
+    it = converted(written(tmp_path / "dpo.yaml", MINDRLHF.format(task="DPODataset", kind="LlamaConfig", arch="Qwen7BDPO", more=more)))
+    config = loaded(it, tmp_path)
+    assert it.stage == "dpo" and (config.dpo.beta, config.dpo.sft_weight) == wanted
+    assert warned(it, "temperature and the weight of the SFT term") == (beta < 1) and warned(it, "means per token") == (beta == 1)
+    assert (config.run.epochs, config.batch.sequences, config.run.keep, config.run.seed) == (10, 8, 1, 7)
+    assert (config.optimizer.lr, config.optimizer.floor, config.optimizer.warmup) == (5e-6, 0.1, 0.1)
+    assert config.model.path == "Qwen/Qwen2-7B-Instruct" and config.optimizer.betas == (0.9, 0.95)
+
+
+def test_mindrlhf_reward_model(tmp_path: Path) -> None:
+    text = MINDRLHF.format(
+        task="RewardModelDataset", kind="ChatGLM2Config", arch="Glm4RewardModel", more="alpha: 1.0, beta: 1.0, do_sample: True"
+    )
+    it = converted(written(tmp_path / "rm.yaml", text))
+    config = loaded(it, tmp_path)
+    assert (
+        it.stage == "reward" and config.ranking.loss == "tokenwise" and warned(it, "beyond 2048 tokens") and warned(it, "PPO did not use")
+    )
+
+
+SCRIPT = """#!/bin/bash
+EPOCHS=2
+CUDA_VISIBLE_DEVICES=0 python ../src/{script} \\
+    --do_train \\
+    --dataset "a,b" --dataset_dir ../data \\
+    --finetuning_type lora --lora_rank=4 --lora_dropout 0.1 \\
+    --per_device_train_batch_size 2 --gradient_accumulation_steps 8 \\
+    --num_train_epochs $EPOCHS \\
+    --learning_rate 1e-5 --max_source_length 100 --max_target_length 50 \\
+    --plot_loss --fp16 {more}
+"""
+
+
+@pytest.mark.parametrize(("script", "stage"), [("train_sft.py", "sft"), ("train_rm.py", "reward"), ("train_policy_model.py", "ppo")])
+def test_chatglm_commands(script: str, stage: str, tmp_path: Path) -> None:
+    more = "--reward_model rm --checkpoint_dir lora1" if stage == "ppo" else ""
+    it = converted(written(tmp_path / "run.sh", SCRIPT.format(script=script, more=more)))
+    config = loaded(it, tmp_path)
+    assert it.stage == stage and config.data.train == ("../data/a.json", "../data/b.json") and config.data.max_length == 150
+    assert (config.run.epochs, config.optimizer.lr, config.optimizer.schedule) == (2, 1e-5, "linear") and config.model.adapter.rank == 4
+    if stage == "ppo":
+        ppo = config.ppo
+        assert (ppo.kl_coefficient, ppo.kl_target, ppo.kl_horizon, ppo.clip) == (0.2, 6.0, 10000, 0.2)
+        assert (config.rollout.prompts, config.sampling.max_new_tokens, config.reward.model) == (16, 50, "rm")
+        for words in ("raw base model", "overwritten in every step", "pickle", "two answers", "merge the adapters"):
+            assert warned(it, words), words
+    else:
+        assert config.batch.sequences == 16 and config.model.adapter.dropout == 0.1
+    assert warned(it, "dataset_info.json") and warned(it, "fp16") and not it.unknown
+
+
+def test_chatglm_json_and_evaluation(tmp_path: Path) -> None:
+    values = {
+        "stage": "rm",
+        "model_name_or_path": "m",
+        "finetuning_type": "p_tuning",
+        "pre_seq_len": 64,
+        "dev_ratio": 0.1,
+        "do_train": True,
+    }
+    path = tmp_path / "arguments.json"
+    path.write_text(json.dumps(values))
+    config = loaded(it := converted(path), tmp_path)
+    assert it.stage == "reward" and (config.model.path, config.model.adapter.kind, config.model.adapter.tokens) == ("m", "ptuning", 64)
+    assert config.data.eval_fraction == 0.1
+    path.write_text(json.dumps(values | {"do_train": False, "do_predict": True, "finetuning_type": "freeze", "learning_rate": 1e-5}))
+    it = converted(path)
+    assert it.stage == "evaluate" and loaded(it, tmp_path).data.eval and warned(it, "freeze is not there")
+    assert reasons(it)["learning_rate"] == "not used by `trueline evaluate`"
+
+
+def test_projections() -> None:
+    assert projections(["query_key_value", "dense"]) == ["q", "k", "v", "o"]
+    assert projections("v_proj, q_proj") == ["q", "v"] and projections("dense_h_to_4h") == ["gate", "up"]
+    with pytest.raises(UserError, match="LoRA on wte: no such projection, known are query_key_value"):
+        projections(["wte"])
+
+
+def test_the_command(trueline: Commands, tmp_path: Path) -> None:
+    old = written(tmp_path / "lora.yaml", DEMO)
+    printed = trueline("import", old).ok().out
+    assert (
+        "trueline sft sft.yaml" in printed and "model:\n  path: THUDM/glm-4-9b-chat-hf" in printed and not (tmp_path / "sft.yaml").exists()
+    )
+    new = tmp_path / "new.yaml"
+    account = trueline("import", old, "--out", new, "--model", "my-model", "--devices", 2).ok().out
+    assert "data.max_length = 1012" in account and f"trueline sft {new}" in account
+    config = load_config(STAGES["sft"], [new])
+    assert config.model.path == "my-model" and config.batch.sequences == 16  # type: ignore[attr-defined]
+    assert "is already there" in trueline("import", old, "--out", new).refused()
+    assert "none of the configurations known here" in trueline("import", written(tmp_path / "x.yaml", "a: 1")).refused()
+    assert "cannot be read as text" in trueline("import", tmp_path / "none.sh").refused()
+    assert "a quote that does not end" in trueline("import", written(tmp_path / "q.sh", "python train_sft.py --dataset 'a\n")).refused()
