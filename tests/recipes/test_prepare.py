@@ -28,7 +28,7 @@ def test_files_of_which_all_records_are_too_long_say_so(toys: Toys, fraction: fl
 def test_every_record_is_trained_on_or_held_out(toys: Toys) -> None:
     whole, split = prepared(toys), prepared(toys, eval_fraction=0.25)
     assert (len(split.train), len(split.held_out)) == (9, 3)
-    assert sorted(s.tokens for s in split.train + split.held_out) == sorted(s.tokens for s in whole.train)
+    assert sorted(s.tokens for s in [*split.train, *split.held_out]) == sorted(s.tokens for s in whole.train)
 
 
 def test_one_record_cannot_be_divided(toys: Toys, tmp_path: Path) -> None:

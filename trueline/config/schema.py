@@ -80,6 +80,8 @@ class DataConfig(Config):
     """Ranked answers: every pair, or the best against each of the rest."""
     train_on: Literal["all", "last"] = "all"
     """SFT: train on every assistant turn, or on the last one only."""
+    cache: str | None = None
+    """Folder that keeps every file's tokens; none: `~/.cache/trueline/tokens`; `off`: nothing is kept, and everything rendered anew."""
 
     def conflicts(self) -> list[str]:
         both = self.eval and self.eval_fraction
