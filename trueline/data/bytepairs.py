@@ -41,27 +41,34 @@ class QuickEncoder:
 
     def __call__(self, text: str) -> list[int]:
         if self.second is None:
-            self.seen += len(text)
-            if self.seen > ENOUGH:
-                self.second, self.seen = self._start(), -1 << 62
+            self.expect(len(text))
             return self.first(text)
-        if len(text) > LONGEST or not "".join(text.split()).isprintable() or (self.added and self.added.search(text)):
+        if len(text) > LONGEST or (self.added and self.added.search(text)):
             return self.first(text)
-        return self.second(text if text.isascii() else self.normalize(text))
+        if text.isascii():
+            return self.second(text)
+        return self.second(self.normalize(text)) if "".join(text.split()).isprintable() else self.first(text)
+
+    def expect(self, characters: int) -> None:
+        """So many more are to come: the second engine starts now if that is enough."""
+        self.seen += characters
+        if self.second is None and self.seen > ENOUGH:
+            self.second = self._start()
 
     def _start(self) -> Encode:
+        """The second engine, or the first again where the two may differ."""
         made = [self.vocabulary.get(left + right, -1) for left, right in self.merges]
         if any(later <= earlier for earlier, later in zip(made, made[1:], strict=False)) or (made and made[0] < 0):
             return self.first
         table = byte_table()
         alone = tokenizers.Tokenizer(models.BPE(vocab=self.vocabulary, merges=list(self.merges)))
         names = [name for name in self.vocabulary if all(character in table for character in name)]
-        found = alone.encode_batch_fast(names, add_special_tokens=False)
-        ranks = {
-            bytes(table[character] for character in name): self.vocabulary[name]
-            for name, encoding in zip(names, found, strict=True)
-            if encoding.ids == [self.vocabulary[name]]
-        }
+        ranks: dict[bytes, int] = {}
+        for first in range(0, len(names), 4096):  # a few at a time, for the engine's answers are large
+            part = names[first : first + 4096]
+            for name, found in zip(part, alone.encode_batch_fast(part, add_special_tokens=False), strict=True):
+                if len(found) == 1:  # no other token has this one's bytes
+                    ranks[bytes(map(table.__getitem__, name))] = self.vocabulary[name]
         if any(bytes([byte]) not in ranks for byte in range(256)):
             return self.first
         return tiktoken.Encoding("quick", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary

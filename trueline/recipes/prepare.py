@@ -50,6 +50,7 @@ class Source(Generic[T]):
     read: Read
     render: Callable[[Any], T]
     cut: Callable[[T, int], T | None]
+    expect: Callable[[int], None]  # told how many characters are to be rendered
     room: int
     overlength: str
     facts: dict[str, Any]
@@ -66,7 +67,7 @@ def sft_samples(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: in
         return iter_conversations([path], data.format, problems)
 
     facts = _facts("answer", data, family, tokenizer) | {"train_on": data.train_on}
-    return _prepare(data, seed, _source("sample", read, render, _cut_sample, data.max_length, data, facts))
+    return _prepare(data, seed, _source("sample", read, render, _cut_sample, data.max_length, data, tokenizer, facts))
 
 
 def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> Prepared[Pair]:
@@ -83,7 +84,7 @@ def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, see
         return iter_preferences([path], data.format, data.ranked, problems, equal)
 
     facts = _facts("pair", data, family, tokenizer) | {"ranked": data.ranked}
-    return _prepare(data, seed, _source("pair", read, render, _cut_pair, data.max_length, data, facts))
+    return _prepare(data, seed, _source("pair", read, render, _cut_pair, data.max_length, data, tokenizer, facts))
 
 
 def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_new_tokens: int, seed: int) -> Prepared[TokenPrompt]:
@@ -105,7 +106,7 @@ def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_ne
         return None
 
     facts = _facts("prompt", data, family, tokenizer)
-    return _prepare(data, seed, _source("prompt", read, render, no_cut, room, data, facts))
+    return _prepare(data, seed, _source("prompt", read, render, no_cut, room, data, tokenizer, facts))
 
 
 def ptx_samples(data: PpoDataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> Prepared[Sample]:
@@ -146,9 +147,10 @@ def _source(
     cut: Callable[[T, int], T | None],
     room: int,
     data: DataConfig,
+    tokenizer: Tokenizer,
     facts: dict[str, Any],
 ) -> Source[T]:
-    return Source(kind, read, render, cut, room, data.overlength, facts | {"room": room}, cache_folder(data.cache))
+    return Source(kind, read, render, cut, tokenizer.expect, room, data.overlength, facts | {"room": room}, cache_folder(data.cache))
 
 
 def _prepare(data: DataConfig, seed: int, source: Source[T]) -> Prepared[T]:
@@ -234,6 +236,7 @@ def _rows(path: str, source: Source[T], refused: _Refused, tally: Tally) -> Iter
     """Items with their lines, from record `tally.seen` on; once anything is refused, the rest is only looked through for more."""
     equal: list[str] = []
     start, before = tally.seen, len(refused)
+    source.expect(Path(path).stat().st_size // 3 if Path(path).is_file() else 0)  # bytes: a Chinese character takes three
     for located in islice(source.read(path, refused.reading, equal), start, None):
         tally.seen += 1
         if refused.reading.count:
