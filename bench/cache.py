@@ -1,7 +1,7 @@
 """Tokenising and caching short records: records a second, memory at growing sizes, an epoch of reading, and the time of a cache hit.
 
 Writes instruction records of 20 to 60 common words and runs every size in a process of its own, in one thread. Prints JSON lines.
-`python bench/cache.py TOKENIZER_FOLDER [--sizes 1000,10000,100000]` (the folder of a Qwen2 tokenizer, or of another one with --family)
+`python bench/cache.py [MODEL_FOLDER] [--sizes 1000,10000,100000]`; without a folder (config.json and tokenizer files) it is the demo's model.
 """
 
 import argparse
@@ -13,6 +13,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from trueline.config.schema import DataConfig, ModelConfig
+from trueline.data.cache import items_fingerprint
+from trueline.recipes.assemble import open_text
+from trueline.recipes.demo_data import write_demo
+from trueline.recipes.prepare import sft_samples
 
 WORDS = (
     "the of and to in is that for it as with was on be by this are from or an at which have not you they their has more we can one will"
@@ -31,23 +37,17 @@ def write_records(path: Path, count: int) -> None:
 
 
 def memory(name: str) -> int:
-    """kB: `VmHWM` most in memory at any time, of it now `RssAnon` of its own and `RssFile` of mapped files, which the kernel may take back."""
+    """kB: `VmHWM` most in memory so far; now `RssAnon` of its own, `RssFile` of mapped files, which the kernel may take back."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
-def child(tokenizer_folder: str, family_name: str, data: str, folder: str) -> None:
-    from trueline.config.schema import DataConfig
-    from trueline.data.cache import items_fingerprint
-    from trueline.data.tokenizer import load_tokenizer
-    from trueline.families.table import FAMILIES
-    from trueline.recipes.prepare import sft_samples
-
-    tokenizer = load_tokenizer(tokenizer_folder)
+def child(model: str, data: str, folder: str) -> None:
+    family, tokenizer = open_text(ModelConfig(path=model))
     start = {name: memory(name) for name in ("VmHWM", "RssAnon")}
     config = DataConfig(train=(data,), cache=folder)
     began, worked = time.perf_counter(), time.process_time()
-    found = sft_samples(config, FAMILIES[family_name], tokenizer, 0)
+    found = sft_samples(config, family, tokenizer, 0)
     seconds, processor = time.perf_counter() - began, time.process_time() - worked
     after = {name: memory(name) for name in ("VmHWM", "RssAnon", "RssFile")}
     began = time.perf_counter()
@@ -55,7 +55,8 @@ def child(tokenizer_folder: str, family_name: str, data: str, folder: str) -> No
     epoch = time.perf_counter() - began
     began = time.perf_counter()
     items_fingerprint(found.train)
-    row = {"records": len(found.train), "tokens": tokens, "made": found.files[data].made, "seconds": seconds, "processor_seconds": processor}
+    row = {"records": len(found.train), "tokens": tokens, "made": found.files[data].made}
+    row |= {"seconds": seconds, "processor_seconds": processor}
     row |= {"records_per_second": len(found.train) / seconds, "records_per_processor_second": len(found.train) / processor}
     row |= {"epoch_tokens_per_second": tokens / epoch, "fingerprint_seconds": time.perf_counter() - began}
     row |= {"kb_before": start, "kb_prepared": after, "kb_after_epoch": {name: memory(name) for name in after}, "load": os.getloadavg()[0]}
@@ -64,20 +65,20 @@ def child(tokenizer_folder: str, family_name: str, data: str, folder: str) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokenizer")
-    parser.add_argument("--family", default="qwen2")
+    parser.add_argument("model", nargs="?")
     parser.add_argument("--sizes", default="1000,10000,100000")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        child(given.tokenizer, given.family, *given.child)
+        child(given.model, *given.child)
         return
     settings = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as home:
+        model = given.model or str(write_demo(Path(home), 0).model)
         for size in map(int, given.sizes.split(",")):
             data = Path(home) / f"{size}.jsonl"
             write_records(data, size)
-            command = [sys.executable, __file__, given.tokenizer, "--family", given.family, "--child", str(data), f"{home}/cache"]
+            command = [sys.executable, __file__, model, "--child", str(data), f"{home}/cache"]
             for _ in range(2):  # made, then found
                 subprocess.run(command, check=True, env=settings)
 

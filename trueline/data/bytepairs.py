@@ -1,13 +1,13 @@
 """Qwen2's encoding by a second engine, several times faster, where its ids are provably the first engine's.
 
-The first (the `tokenizers` library) merges only pairs its file lists; the second (`tiktoken`) merges any two tokens that together are one, the
-lowest id first. Both do the same when every merge makes a token of its own, in the order of the ids, and only tokens count that the first engine
-makes of their own bytes: were t the first token the second makes of a pair that is not listed, then what stands in t's place has been merged
-just as t alone would be, and the first engine, which ends at t, would have to take the same pair.
+The first (the `tokenizers` library) merges only pairs its file lists; the second (`tiktoken`) merges any two tokens that together are
+one, the lowest id first. Both do the same when every merge makes a token of its own, in the order of the ids, and only tokens count that
+the first engine makes of their own bytes: were t the first token the second makes of a pair that is not listed, then what stands in t's
+place has been merged just as t alone would be, and the first engine, which ends at t, would have to take the same pair.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import tiktoken
 import tokenizers
@@ -28,11 +28,18 @@ def byte_table() -> dict[str, int]:
 class QuickEncoder:
     """`first` for the first three million characters, then the second engine for every text on which the two are known to agree.
 
-    Slow, and so left to the first engine: texts with characters that Python's Unicode tables do not know or call unprintable (the two engines'
-    tables may be of different age), with one of the `added` tokens, and very long ones.
+    Left to the first engine: texts with characters that Python's Unicode tables do not know or call unprintable (the engines' own tables
+    may be of different age), with one of the `added` tokens, and very long ones.
     """
 
-    def __init__(self, first: Encode, vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], pattern: str, added: Iterable[str] = ()):
+    def __init__(
+        self,
+        first: Encode,
+        vocabulary: dict[str, int],
+        merges: Sequence[tuple[str, str]],
+        pattern: str,
+        added: Sequence[str] = (),
+    ):
         self.first, self.vocabulary, self.merges, self.pattern = first, vocabulary, merges, pattern
         self.added = re.compile("|".join(re.escape(text) for text in added)) if added else None
         self.seen = 0

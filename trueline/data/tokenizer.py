@@ -141,7 +141,8 @@ def _is_qwen2(layout: dict[str, Any]) -> bool:
     steps = layout.get("pre_tokenizer") or {}
     parts = steps.get("pretokenizers") or []
     model = layout["model"]
-    alone = not any(model.get(name) for name in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"))
+    more = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    alone = not any(model.get(name) for name in more)
     levels = [part for part in parts if part.get("type") == "ByteLevel" and not part.get("use_regex") and not part.get("add_prefix_space")]
     return alone and (layout.get("normalizer") or {}).get("type") == "NFC" and len(parts) == 2 and parts[0] == split and parts[1:] == levels
 
