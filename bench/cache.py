@@ -1,7 +1,7 @@
 """Tokenising and caching short records: records a second, memory at growing sizes, an epoch of reading, and the time of a cache hit.
 
 Writes instruction records of 20 to 60 common words and runs every size in a process of its own, in one thread. Prints JSON lines.
-`python bench/cache.py [MODEL_FOLDER] [--sizes 1000,10000,100000]`; without a folder (config.json and tokenizer files) it is the demo's model.
+`python bench/cache.py [MODEL_FOLDER] [--sizes 1000,10000,100000]`; the folder has config.json and tokenizer files (default: the demo's).
 """
 
 import argparse

@@ -167,9 +167,8 @@ class ReferenceConfig(Config):
     def conflicts(self) -> list[str]:
         if self.path and self.kind in ("auto", "adapters_off"):
             return [f"reference.path is not used with reference.kind: {self.kind}; set reference.kind to frozen or stored"]
-        if self.kind == "stored" and not self.path:
-            return ["reference.kind: stored needs reference.path, the file `trueline prepare` wrote"]
-        return []
+        missing = self.kind == "stored" and not self.path
+        return ["reference.kind: stored needs reference.path, the file `trueline prepare` wrote"] if missing else []
 
 
 class RankingConfig(Config):
@@ -363,9 +362,9 @@ class PpoStageConfig(StageConfig):
 
 
 def _reference_conflicts(model: ModelConfig, reference: ReferenceConfig) -> list[str]:
-    if reference.kind == "adapters_off" and model.adapter.kind == "full":
-        return ["reference.kind: adapters_off needs an adapter to switch off; set model.adapter.kind to lora or ptuning, or use frozen"]
-    return []
+    wrong = reference.kind == "adapters_off" and model.adapter.kind == "full"
+    sentence = "reference.kind: adapters_off needs an adapter to switch off; set model.adapter.kind to lora or ptuning, or use frozen"
+    return [sentence] if wrong else []
 
 
 class EvaluateConfig(Config):
