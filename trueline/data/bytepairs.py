@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import models, normalizers
 
 Encode = Callable[[str], list[int]]
-ENOUGH = 3_000_000  # characters, about a second of the first engine: what starting the second one takes
+ENOUGH = 5_000_000  # bytes to come; the second engine takes most of a second to start, and saves more from here on
 LONGEST = 50_000  # characters of one text; it takes quadratic time for a run of one letter
 
 
@@ -26,7 +26,7 @@ def byte_table() -> dict[str, int]:
 
 
 class QuickEncoder:
-    """`first` for the first three million characters, then the second engine for every text on which the two are known to agree.
+    """`first`; once told that much is to come, the second engine for every text on which the two are known to agree.
 
     Left to the first engine: texts with characters that Python's Unicode tables do not know or call unprintable (the engines' own tables
     may be of different age), with one of the `added` tokens, and very long ones.
@@ -42,24 +42,19 @@ class QuickEncoder:
     ):
         self.first, self.vocabulary, self.merges, self.pattern = first, vocabulary, merges, pattern
         self.added = re.compile("|".join(re.escape(text) for text in added)) if added else None
-        self.seen = 0
         self.second: Encode | None = None
         self.normalize = normalizers.NFC().normalize_str
 
     def __call__(self, text: str) -> list[int]:
-        if self.second is None:
-            self.expect(len(text))
-            return self.first(text)
-        if len(text) > LONGEST or (self.added and self.added.search(text)):
+        if self.second is None or len(text) > LONGEST or (self.added and self.added.search(text)):
             return self.first(text)
         if text.isascii():
             return self.second(text)
         return self.second(self.normalize(text)) if "".join(text.split()).isprintable() else self.first(text)
 
-    def expect(self, characters: int) -> None:
-        """So many more are to come: the second engine starts now if that is enough."""
-        self.seen += characters
-        if self.second is None and self.seen > ENOUGH:
+    def expect(self, size: int) -> None:
+        """So many bytes of text are to come: the second engine starts now if that is enough."""
+        if self.second is None and size > ENOUGH:
             self.second = self._start()
 
     def _start(self) -> Encode:

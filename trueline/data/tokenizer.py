@@ -63,10 +63,10 @@ class Tokenizer:
                 self._short[text] = ids
         return ids.copy()
 
-    def expect(self, characters: int) -> None:
-        """So many characters are to be encoded soon: an engine that starts slowly and then is faster may start now."""
+    def expect(self, size: int) -> None:
+        """So many bytes of text are to be encoded soon: an engine that starts slowly and then is faster may start now."""
         if isinstance(self._encode, QuickEncoder):
-            self._encode.expect(characters)
+            self._encode.expect(size)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; control tokens and ids without a text are left out, bytes that are no whole character become U+FFFD."""

@@ -50,7 +50,7 @@ class Source(Generic[T]):
     read: Read
     render: Callable[[Any], T]
     cut: Callable[[T, int], T | None]
-    expect: Callable[[int], None]  # told how many characters are to be rendered
+    expect: Callable[[int], None]  # told how many bytes are to be rendered
     room: int
     overlength: str
     facts: dict[str, Any]
@@ -236,7 +236,7 @@ def _rows(path: str, source: Source[T], refused: _Refused, tally: Tally) -> Iter
     """Items with their lines, from record `tally.seen` on; once anything is refused, the rest is only looked through for more."""
     equal: list[str] = []
     start, before = tally.seen, len(refused)
-    source.expect(Path(path).stat().st_size // 3 if Path(path).is_file() else 0)  # bytes: a Chinese character takes three
+    source.expect(Path(path).stat().st_size if Path(path).is_file() else 0)
     for located in islice(source.read(path, refused.reading, equal), start, None):
         tally.seen += 1
         if refused.reading.count:
