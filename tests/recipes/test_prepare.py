@@ -14,6 +14,7 @@ from trueline.data.cache import items_fingerprint
 from trueline.data.formats import load_conversations
 from trueline.data.tokenizer import load_tokenizer
 from trueline.errors import UserError
+from trueline.families.chatglm import CHATGLM
 from trueline.families.family import Family
 from trueline.families.glm4 import GLM4
 from trueline.families.llama import LLAMA
@@ -46,7 +47,7 @@ def test_one_record_cannot_be_divided(toys: Toys, tmp_path: Path) -> None:
         prepared(toys, train=str(single), eval_fraction=0.5)
 
 
-SPEECH = {"qwen2": QWEN2, "glm": GLM4, "llama": LLAMA}
+SPEECH = {"qwen2": QWEN2, "glm": GLM4, "llama": LLAMA, "chatglm": CHATGLM}
 USES: dict[str, tuple[list[str], Any]] = {
     "sft": (["messages.jsonl", "alpaca.json", "cvalues.jsonl"], sft_samples),
     "pairs": (["cvalues.jsonl", "preference.json"], preference_pairs),
@@ -70,6 +71,8 @@ def test_cached_items_are_the_rendered_ones(family: str, use: str, toys: Toys, t
         assert {kept.made for kept in other.files.values()} == {made}
         assert list(other.train) == list(fresh.train) and list(other.held_out) == list(fresh.held_out) and other.notes == fresh.notes
         assert items_fingerprint(other.train) == items_fingerprint(list(fresh.train))
+    if use == "sft":
+        assert any(item.context for item in fresh.train) == (family == "chatglm")
 
 
 def test_samples_are_what_the_renderer_gives(toys: Toys) -> None:

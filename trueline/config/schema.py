@@ -1,5 +1,4 @@
-"""Every key of every stage, with its default and its sentence. Frozen; a key that is not here is an error; there are no aliases.
-`conflicts()` tells of keys that do not go together; its sentences name whole keys, so that `load` can point at their lines."""
+"""Every key of every stage, with its default and its sentence. Frozen; a key that is not here is an error; there are no aliases."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def conflicts(self) -> list[str]:
-        """Sentences about keys that do not go together; asked for once the whole configuration is there."""
+        """Sentences about keys that do not go together, by their whole names (`load` points at them); asked for once all is there."""
         return []
 
 
