@@ -224,7 +224,7 @@ def _kept(path: str, source: Source[T], rows: Callable[[Tally], Iterator[tuple[T
     if source.folder is None or not Path(path).is_file():
         return in_memory(source.kind, rows)
     before = os.stat(path)
-    facts = source.facts | {"file": cache.file_hash(path), "ending": Path(path).suffix.lower()}
+    facts = source.facts | {"file": cache.file_hash(path), "ending": "".join(Path(path).suffixes[-2:]).lower()}
     kept = stored(source.folder, facts, source.kind, rows)
     after = os.stat(path)
     if kept.made and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
