@@ -20,6 +20,14 @@ def shared() -> Path:
     return SHARED
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokens are not kept where the person who runs the tests keeps theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRUELINE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
     """A tiny model of each family, data files, and a configuration for every stage."""

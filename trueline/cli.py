@@ -68,11 +68,20 @@ def ppo(arguments: Arguments, dry_run: DryRun = False) -> None:
 
 
 @app.command()
-def prepare(arguments: Arguments) -> None:
-    """Compute the reference of a dpo configuration ahead of training."""
-    config = _configuration("dpo", arguments)
-    path = _recipe("dpo").prepare(config)
-    print(f"{path}: reference log-probabilities, for dpo with the same configuration")
+def prepare(
+    arguments: Arguments,
+    stage: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="sft, reward, dpo or ppo, when the configuration's sections do not tell.")
+    ] = None,
+) -> None:
+    """Tokenise a stage's files ahead of training; for dpo with reference.kind: stored, also compute the reference."""
+    from trueline.config.load import told_stage
+
+    files, settings = _split(arguments)
+    name = stage or told_stage(files, settings)
+    if name not in ("sft", "reward", "dpo", "ppo"):
+        raise UserError(f"--stage {name}: expected sft, reward, dpo or ppo")
+    _recipe("ahead").run(name, _configuration(name, arguments))
 
 
 @app.command()

@@ -1,16 +1,25 @@
-"""What is left to train on when records are too long, and what is said when nothing is."""
+"""What is left to train on when records are too long, what is said when nothing is, and that the token cache changes none of it."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.recipes.commands import Commands
 from tests.recipes.toys import Toys
 from trueline.config.schema import DataConfig
+from trueline.data.cache import items_fingerprint
+from trueline.data.formats import load_conversations
 from trueline.data.tokenizer import load_tokenizer
 from trueline.errors import UserError
+from trueline.families.chatglm import CHATGLM
+from trueline.families.family import Family
+from trueline.families.glm4 import GLM4
+from trueline.families.llama import LLAMA
 from trueline.families.qwen2 import QWEN2
-from trueline.recipes.prepare import Prepared, sft_samples
+from trueline.recipes.prepare import Prepared, cache_folder, preference_pairs, prompt_tokens, sft_samples
 
 
 def prepared(toys: Toys, **settings: object) -> Prepared:
@@ -28,7 +37,7 @@ def test_files_of_which_all_records_are_too_long_say_so(toys: Toys, fraction: fl
 def test_every_record_is_trained_on_or_held_out(toys: Toys) -> None:
     whole, split = prepared(toys), prepared(toys, eval_fraction=0.25)
     assert (len(split.train), len(split.held_out)) == (9, 3)
-    assert sorted(s.tokens for s in split.train + split.held_out) == sorted(s.tokens for s in whole.train)
+    assert sorted(s.tokens for s in [*split.train, *split.held_out]) == sorted(s.tokens for s in whole.train)
 
 
 def test_one_record_cannot_be_divided(toys: Toys, tmp_path: Path) -> None:
@@ -36,3 +45,137 @@ def test_one_record_cannot_be_divided(toys: Toys, tmp_path: Path) -> None:
     single.write_text(toys.data("messages.jsonl").read_text("utf-8").splitlines()[0] + "\n", encoding="utf-8")
     with pytest.raises(UserError, match="data.eval_fraction needs at least 2 records, found 1"):
         prepared(toys, train=str(single), eval_fraction=0.5)
+
+
+SPEECH = {"qwen2": QWEN2, "glm": GLM4, "llama": LLAMA, "chatglm": CHATGLM}
+USES: dict[str, tuple[list[str], Any]] = {
+    "sft": (["messages.jsonl", "alpaca.json", "cvalues.jsonl"], sft_samples),
+    "pairs": (["cvalues.jsonl", "preference.json"], preference_pairs),
+    "prompts": (["prompts.jsonl", "messages.jsonl"], lambda data, family, tokenizer, seed: prompt_tokens(data, family, tokenizer, 8, seed)),
+}
+
+
+@pytest.mark.parametrize("use", list(USES))
+@pytest.mark.parametrize("family", list(SPEECH))
+def test_cached_items_are_the_rendered_ones(family: str, use: str, toys: Toys, tmp_path: Path) -> None:
+    names, prepare = USES[use]
+    data = {"train": [str(toys.data(name)) for name in names], "eval_fraction": 0.2, "limit": 9}
+    tokenizer = load_tokenizer(toys.model(family))
+    found = [
+        prepare(DataConfig.model_validate(data | {"cache": cache}), SPEECH[family], tokenizer, 3)
+        for cache in ("off", str(tmp_path), str(tmp_path))
+    ]
+    fresh = found[0]
+    assert len(fresh.train) == 9 and fresh.held_out
+    for other, made in zip(found[1:], (True, False), strict=True):
+        assert {kept.made for kept in other.files.values()} == {made}
+        assert list(other.train) == list(fresh.train) and list(other.held_out) == list(fresh.held_out) and other.notes == fresh.notes
+        assert items_fingerprint(other.train) == items_fingerprint(list(fresh.train))
+    if use == "sft":
+        assert any(item.context for item in fresh.train) == (family == "chatglm")
+
+
+def test_samples_are_what_the_renderer_gives(toys: Toys) -> None:
+    tokenizer = load_tokenizer(toys.model())
+    expected = [QWEN2.render(found.value, tokenizer) for found in load_conversations([str(toys.data("messages.jsonl"))])]
+    assert list(prepared(toys).train) == expected
+
+
+def made(toys: Toys, family: Family = QWEN2, tokenizer: str = "qwen2", use: Any = sft_samples, **settings: object) -> list[bool]:
+    data = DataConfig.model_validate(settings)
+    return [kept.made for kept in use(data, family, load_tokenizer(toys.model(tokenizer)), 0).files.values()]
+
+
+def test_whatever_tokens_depend_on_is_part_of_their_key(toys: Toys, tmp_path: Path) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    two.write_bytes(toys.data("cvalues.jsonl").read_bytes())
+    one.write_bytes(toys.data("messages.jsonl").read_bytes())
+    base: dict[str, Any] = {"train": [str(one)], "cache": str(tmp_path / "cache")}
+    assert made(toys, **base) == [True] and made(toys, **base) == [False]
+    assert made(toys, **base | {"train": [str(one), str(two)]}) == [False, True]  # a file more is that file's work
+    for changed in ({"max_length": 900}, {"overlength": "drop"}, {"train_on": "last"}, {"format": "messages"}):
+        assert made(toys, **base | changed) == [True], changed
+    assert made(toys, family=replace(QWEN2, name="other"), **base) == [True]
+    assert made(toys, family=LLAMA, tokenizer="llama", **base) == [True]
+    assert made(toys, family=replace(QWEN2, render=LLAMA.render), tokenizer="llama", **base) == [True]
+    pairs = base | {"train": [str(two)]}
+    assert made(toys, use=preference_pairs, **pairs) == [True] and made(toys, use=preference_pairs, **pairs, ranked="best") == [True]
+    for unchanged in ({"limit": 3}, {"eval_fraction": 0.3}):  # chosen of what is stored
+        assert made(toys, **base | unchanged) == [False], unchanged
+    one.write_bytes(one.read_bytes().replace(b"red", b"rod", 1))
+    assert made(toys, **base) == [True]
+
+
+def test_another_version_of_the_source_is_another_key(toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"train": [str(toys.data("messages.jsonl"))], "cache": str(tmp_path)}
+    assert made(toys, **settings) == [True]
+    monkeypatch.setattr("trueline.recipes.prepare.source_hash", lambda: "of a changed renderer")
+    assert made(toys, **settings) == [True]
+
+
+def test_counts_survive_in_the_cache(toys: Toys, tmp_path: Path) -> None:
+    equal = tmp_path / "equal.jsonl"
+    lines = toys.data("cvalues.jsonl").read_text("utf-8").splitlines()
+    equal.write_text("\n".join([*lines[:3], '{"prompt": "a", "pos_resp": "b", "neg_resp": "b"}', lines[3]]) + "\n", encoding="utf-8")
+    data = DataConfig(train=(str(equal),), cache=str(tmp_path / "cache"))
+    first, again = (preference_pairs(data, QWEN2, load_tokenizer(toys.model()), 0) for _ in range(2))
+    assert first.notes == again.notes == [f"1 pair left out, both answers are equal: {equal}:4"] and len(again.train) == 4
+    for overlength in ("drop", "truncate"):
+        notes = [prepared(toys, max_length=40, overlength=overlength, cache=str(tmp_path / "cache")).notes for _ in range(2)]
+        assert notes[0] == notes[1] and "of 12 records" in notes[0][0]
+
+
+def test_refused_records_are_told_every_time_and_never_stored(toys: Toys, tmp_path: Path) -> None:
+    said = []
+    for cache in ("off", str(tmp_path / "cache"), str(tmp_path / "cache")):
+        with pytest.raises(UserError) as refused:
+            prepared(toys, max_length=40, cache=cache)
+        said.append(str(refused.value))
+    assert said[0] == said[1] == said[2] and "longer than data.max_length allows" in said[0]
+    assert f"{toys.data('messages.jsonl')}:" in said[0]
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_broken_file_stores_nothing_of_those_after_it(toys: Toys, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{\n")
+    with pytest.raises(UserError, match="broken.jsonl:1"):
+        prepared(toys, train=[str(broken), str(toys.data("messages.jsonl"))], cache=str(tmp_path / "cache"))
+    assert made(toys, train=[str(toys.data("messages.jsonl"))], cache=str(tmp_path / "cache")) == [True]
+    assert len(prepared(toys, train=[str(toys.data("messages.jsonl"))], cache=str(tmp_path / "cache")).train) == 12
+
+
+def test_where_tokens_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_folder("off") is None and cache_folder(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("TRUELINE_CACHE", "/a")
+    assert cache_folder(None) == Path("/a/tokens")
+    monkeypatch.delenv("TRUELINE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/b")
+    assert cache_folder(None) == Path("/b/trueline/tokens")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(None) == Path.home() / ".cache/trueline/tokens"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+def test_prepare_does_a_stages_work_and_the_stage_finds_it(stage: str, trueline: Commands, toys: Toys, tmp_path: Path) -> None:
+    settings = [toys.config(stage), f"data.cache={tmp_path / 'cache'}"]
+    told = ["--stage", stage] if stage != "ppo" else []
+    done = trueline("prepare", *settings, *told, f"run.output={tmp_path / 'x'}").ok()
+    assert ", made, in " in done.out and "records/s" in done.out and not (tmp_path / "x").exists()
+    kept = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    weights = []
+    for cache in (tmp_path / "cache", "off"):
+        output = tmp_path / f"run-{cache == 'off'}"
+        trueline(stage, *settings, f"data.cache={cache}", f"run.output={output}").ok()
+        weights.append((output / "model/model.safetensors").read_bytes())
+    assert weights[0] == weights[1] and sorted(path.name for path in (tmp_path / "cache").iterdir()) == kept
+    assert ", there already, in " in trueline("prepare", *settings, *told, f"run.output={tmp_path / 'x'}").ok().out
+
+
+def test_prepare_says_when_it_cannot_tell_the_stage(trueline: Commands, toys: Toys) -> None:
+    said = trueline("prepare", toys.config("sft"), "run.output=x").refused()
+    assert "has no section of one stage alone" in said and "--stage sft, reward, dpo or ppo" in said
+    assert "has sections of reward and dpo" in trueline("prepare", toys.config("dpo"), "ranking.loss=last", "dpo.beta=1").refused()
+    assert "--stage rm: expected sft" in trueline("prepare", toys.config("sft"), "--stage", "rm", "run.output=x").refused()
+    off = ("prepare", toys.config("sft"), "--stage=sft", "run.output=x", "data.cache=off")
+    assert "there is nothing to prepare" in trueline(*off).refused()

@@ -43,6 +43,23 @@ def load_config(schema: type[C], files: Sequence[str | Path], overrides: Sequenc
     return _validate(schema, tree, problems)
 
 
+def told_stage(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> str:
+    """The one training stage whose sections the configuration has; UserError when they tell of none, or of several."""
+    problems: list[str] = []
+    named: set[str] = set()
+    for read in [partial(read_file, file) for file in files] + [partial(read_override, text) for text in overrides]:
+        tree = read(problems).value
+        named |= set(tree) if isinstance(tree, dict) else set()
+    own = {"reward": {"ranking"}, "dpo": {"dpo"}, "ppo": {"ppo", "critic", "reward", "rollout", "sampling"}}
+    told = [stage for stage, sections in own.items() if sections & named]
+    if len(told) == 1:
+        return told[0]
+    if told == [] and "reference" in named:
+        return "dpo"
+    found = f"has sections of {' and '.join(told)}" if told else "has no section of one stage alone"
+    raise UserError(f"the configuration {found}, so it cannot be told what to prepare it for; add --stage sft, reward, dpo or ppo")
+
+
 def from_any(schema: type[C], config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> C:
     """The Python interface's configuration: a YAML file's path, a dictionary, or the schema's own instance. Errors as `load_config`'s."""
     if isinstance(config, schema):

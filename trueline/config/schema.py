@@ -1,5 +1,4 @@
-"""Every key of every stage, with its default and its sentence. Frozen; a key that is not here is an error; there are no aliases.
-`conflicts()` tells of keys that do not go together; its sentences name whole keys, so that `load` can point at their lines."""
+"""Every key of every stage, with its default and its sentence. Frozen; a key that is not here is an error; there are no aliases."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     def conflicts(self) -> list[str]:
-        """Sentences about keys that do not go together; asked for once the whole configuration is there."""
+        """Sentences about keys that do not go together, by their whole names (`load` points at them); asked for once all is there."""
         return []
 
 
@@ -80,6 +79,8 @@ class DataConfig(Config):
     """Ranked answers: every pair, or the best against each of the rest."""
     train_on: Literal["all", "last"] = "all"
     """SFT: train on every assistant turn, or on the last one only."""
+    cache: str | None = None
+    """Folder that keeps every file's tokens; none: `~/.cache/trueline/tokens`; `off`: nothing is kept, and everything rendered anew."""
 
     def conflicts(self) -> list[str]:
         both = self.eval and self.eval_fraction
@@ -165,9 +166,8 @@ class ReferenceConfig(Config):
     def conflicts(self) -> list[str]:
         if self.path and self.kind in ("auto", "adapters_off"):
             return [f"reference.path is not used with reference.kind: {self.kind}; set reference.kind to frozen or stored"]
-        if self.kind == "stored" and not self.path:
-            return ["reference.kind: stored needs reference.path, the file `trueline prepare` wrote"]
-        return []
+        missing = self.kind == "stored" and not self.path
+        return ["reference.kind: stored needs reference.path, the file `trueline prepare` wrote"] if missing else []
 
 
 class RankingConfig(Config):
@@ -361,9 +361,9 @@ class PpoStageConfig(StageConfig):
 
 
 def _reference_conflicts(model: ModelConfig, reference: ReferenceConfig) -> list[str]:
-    if reference.kind == "adapters_off" and model.adapter.kind == "full":
-        return ["reference.kind: adapters_off needs an adapter to switch off; set model.adapter.kind to lora or ptuning, or use frozen"]
-    return []
+    wrong = reference.kind == "adapters_off" and model.adapter.kind == "full"
+    sentence = "reference.kind: adapters_off needs an adapter to switch off; set model.adapter.kind to lora or ptuning, or use frozen"
+    return [sentence] if wrong else []
 
 
 class EvaluateConfig(Config):

@@ -45,23 +45,46 @@ class Schema:
     read: Callable[[dict[str, Any], Use, Note], Example]
 
 
-def load_conversations(paths: Sequence[str], format: str = "auto") -> list[Located[Conversation]]:
-    """Whole conversations, each ending with the assistant's answer; of ranked or paired answers the best.
+def iter_conversations(paths: Sequence[str], format: str = "auto", problems: Problems | None = None) -> Iterator[Located[Conversation]]:
+    """Whole conversations one by one, each ending with the assistant's answer; of ranked or paired answers the best.
 
-    Raises one UserError with every problem of every file, also when there is no record at all.
+    Problems go to `problems`; without one, a UserError with every problem of every file is raised after the last record. No record at all
+    is a problem too. Memory stays flat; a caller that stops early has not seen the rest.
     """
-    return _load(paths, format, "answer", _conversation)
+    return _iterate(paths, format, "answer", _conversation, problems)
+
+
+def iter_preferences(
+    paths: Sequence[str], format: str = "auto", ranked: str = "all", problems: Problems | None = None, equal: list[str] | None = None
+) -> Iterator[Located[Preference]]:
+    """Pairs of answers to one prompt. Of n ranked answers: all n(n-1)/2 pairs, or with `ranked="best"` the best against each other one.
+
+    Pairs of equal answers carry no preference and are left out; their places are added to `equal` (see `equal_note`). `problems` as in
+    `iter_conversations`.
+    """
+    places = equal if equal is not None else []
+    return _iterate(paths, format, "pair", partial(_preferences, best_only=ranked == "best", equal=places), problems)
+
+
+def iter_prompts(paths: Sequence[str], format: str = "auto", problems: Problems | None = None) -> Iterator[Located[Prompt]]:
+    """Conversations that wait for the assistant: of any schema what stands before the last answer. `Prompt.record` is the whole record.
+
+    `problems` as in `iter_conversations`.
+    """
+    return _iterate(paths, format, "prompt", _prompt, problems)
+
+
+def load_conversations(paths: Sequence[str], format: str = "auto") -> list[Located[Conversation]]:
+    """`iter_conversations` as a list; raises one UserError with every problem of every file."""
+    return list(iter_conversations(paths, format))
 
 
 def load_preferences(
     paths: Sequence[str], format: str = "auto", ranked: str = "all", notes: list[str] | None = None
 ) -> list[Located[Preference]]:
-    """Pairs of answers to one prompt. Of n ranked answers: all n(n-1)/2 pairs, or with `ranked="best"` the best against each other one.
-
-    Pairs of equal answers carry no preference and are left out; a sentence with their count and places is added to `notes`.
-    """
+    """`iter_preferences` as a list; a sentence about pairs that were left out is added to `notes`."""
     equal: list[str] = []
-    found = _load(paths, format, "pair", partial(_preferences, best_only=ranked == "best", equal=equal))
+    found = list(iter_preferences(paths, format, ranked, equal=equal))
     if equal and notes is not None:
         notes.append(equal_note(equal))
     if not found:
@@ -70,8 +93,8 @@ def load_preferences(
 
 
 def load_prompts(paths: Sequence[str], format: str = "auto") -> list[Located[Prompt]]:
-    """Conversations that wait for the assistant: of any schema what stands before the last answer. `Prompt.record` is the whole record."""
-    return _load(paths, format, "prompt", _prompt)
+    """`iter_prompts` as a list."""
+    return list(iter_prompts(paths, format))
 
 
 def load_file(path: str, format: str, problems: Problems, equal: list[str]) -> tuple[str, Use, list[Located[Any]]]:
@@ -100,21 +123,29 @@ def equal_note(equal: list[str]) -> str:
     return f"{len(equal)} {'pair' if len(equal) == 1 else 'pairs'} left out, both answers are equal: {shown}"
 
 
-def _load(paths: Sequence[str], format: str, use: Use, convert: Callable[[Record, Example, Note], Iterator[T]]) -> list[Located[T]]:
-    problems = Problems()
-    found: list[Located[T]] = []
-    records = 0
+def _iterate(
+    paths: Sequence[str],
+    format: str,
+    use: Use,
+    convert: Callable[[Record, Example, Note], Iterator[T]],
+    problems: Problems | None,
+) -> Iterator[Located[T]]:
+    own = Problems() if problems is None else problems
+    records, before = 0, own.count
     for path in paths:
-        for record, name, schema in _recognised(path, format, problems):
+        for record, name, schema in _recognised(path, format, own):
             records += 1
             if use not in schema.uses:
-                problems.add(path, f"schema {name} ({schema.fields}), {_WANTED[use]}")
+                own.add(path, f"schema {name} ({schema.fields}), {_WANTED[use]}")
                 break
-            found += _convert(record, schema, use, convert, problems)
-    problems.stop()
-    if not records:
-        raise UserError(f"no records in {', '.join(paths) or 'an empty list of files'}; name a file with at least one")
-    return found
+            yield from _convert(record, schema, use, convert, own)
+    none = f"no records in {', '.join(paths) or 'an empty list of files'}; name a file with at least one"
+    if problems is None:
+        own.stop()
+        if not records:
+            raise UserError(none)
+    elif not records and own.count == before:
+        own.add(", ".join(paths) or "files", none)
 
 
 def _recognised(path: str, format: str, problems: Problems) -> Iterator[tuple[Record, str, Schema]]:

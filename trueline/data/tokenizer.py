@@ -12,6 +12,7 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from trueline.data.bytepairs import QuickEncoder
 from trueline.data.sentencepiece_tokenizer import Pieces, is_sentencepiece, read_chatglm_pieces, read_pieces
 from trueline.errors import UserError
 
@@ -19,6 +20,7 @@ from trueline.errors import UserError
 _QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GLM4_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",), ("ice_text.model",))
+_SHORT, _SHORT_KEPT = 64, 1024  # characters; texts
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
@@ -37,6 +39,7 @@ class Tokenizer:
         """`known`: ids that stand for text, `decode` accepts nothing else."""
         self._encode = encode
         self._decode = decode
+        self._short: dict[str, list[int]] = {}  # pieces of templates come again with every record
         self._known = known - set(specials.values())
         self.specials = specials
         """Control tokens by their text."""
@@ -51,7 +54,19 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without a beginning token. "<|im_end|>" in it is encoded as the ten characters it is."""
-        return self._encode(text)
+        if len(text) > _SHORT:
+            return self._encode(text)
+        ids = self._short.get(text)
+        if ids is None:
+            ids = self._encode(text)
+            if len(self._short) < _SHORT_KEPT:
+                self._short[text] = ids
+        return ids.copy()
+
+    def expect(self, size: int) -> None:
+        """So many bytes of text are to be encoded soon: an engine that starts slowly and then is faster may start now."""
+        if isinstance(self._encode, QuickEncoder):
+            self._encode.expect(size)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; control tokens and ids without a text are left out, bytes that are no whole character become U+FFFD."""
@@ -113,7 +128,23 @@ def _from_json(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
         engine = tokenizers.Tokenizer.from_str(json.dumps(layout))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer.json that can be used ({error})") from None
-    return _from_engine(engine, specials, files, config, {unknown_id} - {None})
+    found = _from_engine(engine, specials, files, config, {unknown_id} - {None})
+    if _is_qwen2(layout):
+        merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        found._encode = QuickEncoder(found._encode, plain, merges, _QWEN2_SPLIT, [t["content"] for t in kept])  # type: ignore[arg-type]
+    return found
+
+
+def _is_qwen2(layout: dict[str, Any]) -> bool:
+    """Whether a tokenizer.json cuts and merges text as Qwen2's does, by nothing but merges of bytes."""
+    split = {"type": "Split", "pattern": {"Regex": _QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
+    steps = layout.get("pre_tokenizer") or {}
+    parts = steps.get("pretokenizers") or []
+    model = layout["model"]
+    more = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
+    alone = not any(model.get(name) for name in more)
+    levels = [part for part in parts if part.get("type") == "ByteLevel" and not part.get("use_regex") and not part.get("add_prefix_space")]
+    return alone and (layout.get("normalizer") or {}).get("type") == "NFC" and len(parts) == 2 and parts[0] == split and parts[1:] == levels
 
 
 def _from_merges(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
@@ -138,7 +169,9 @@ def _from_merges(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
         ]
     )
     engine.decoder = decoders.ByteLevel()
-    return _from_engine(engine, specials, files, config, set())
+    found = _from_engine(engine, specials, files, config, set())
+    found._encode = QuickEncoder(found._encode, plain, merges, _QWEN2_SPLIT)  # type: ignore[arg-type]
+    return found
 
 
 def _from_engine(

@@ -29,11 +29,14 @@ class Transcript:
             raise UserError(
                 f"the tokenizer has no control token {name}, which conversations with this model need; set model.tokenizer to its own"
             )
-        self._add([token], trained)
+        self.tokens.append(token)
+        self.trained.append(trained)
 
     def text(self, *parts: str | Tag, trained: bool = False) -> None:
         """Plain text and markup, encoded in one piece between markup tokens (where a token begins and ends depends on its neighbours)."""
         plain = ""
+        if len(parts) == 1 and isinstance(parts[0], str):
+            plain, parts = parts[0], ()
         for part in parts:
             if isinstance(part, str):
                 plain += part

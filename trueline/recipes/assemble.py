@@ -19,7 +19,7 @@ from trueline.data.stream import key
 from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from trueline.errors import UserError
 from trueline.families.export import save_folder
-from trueline.families.family import stop_ids
+from trueline.families.family import Family, stop_ids
 from trueline.families.folder import ModelFolder, load_decoder, load_score, open_folder, random_decoder, resolve
 from trueline.families.peft import Base, adapter_base, adapter_score, is_adapter, load_adapter, save_adapter
 from trueline.model.adapters import add_adapter, copy_adapter, halves, low_ranks, merge_adapter, remove_adapter, trainable
@@ -138,6 +138,16 @@ def settle_dtype(config: C) -> C:
         wide = open_folder(_places(config.model)[3]).decoder_config.hidden_size >= WIDE
         dtype = "bfloat16" if device.type != "cpu" or wide and fast_bfloat16() else "float32"
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def open_text(config: ModelConfig) -> tuple[Family, Tokenizer]:
+    """How a model writes conversations down, without its weights."""
+    path = resolve(config.path)
+    base = _base_of(path, adapter_base(path)[0]) if is_adapter(path) else path
+    family, tokenizer = open_folder(base).family, _tokenizer(config, path, base)
+    if tokenizer is None:
+        raise UserError(f"{path} has no tokenizer files; set model.tokenizer to a folder that has them")
+    return family, tokenizer
 
 
 def _base_of(adapter: Path, name: str) -> Path:

@@ -8,11 +8,13 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from trueline.config.schema import DpoConfig, DpoStageConfig
+from trueline.data.cache import items_fingerprint, lengths
 from trueline.data.sample import Pair
 from trueline.errors import UserError
 from trueline.model.batch import Batch, pack_pairs
@@ -21,7 +23,7 @@ from trueline.recipes.assemble import Opened, forget_found, open_model, settle_d
 from trueline.recipes.fit import Stage, Task, train
 from trueline.recipes.generate import language_model_of
 from trueline.recipes.prepare import Prepared, preference_pairs
-from trueline.recipes.reference import model_fingerprint, pair_logprobs, pairs_fingerprint, store_reference, stored_reference
+from trueline.recipes.reference import model_fingerprint, pair_logprobs, store_reference, stored_reference
 from trueline.recipes.reward import preference_metrics
 from trueline.train.losses import dpo_loss
 from trueline.train.step import Losses, Totals
@@ -36,6 +38,26 @@ class Judged:
 
     def __len__(self) -> int:
         return len(self.pair)
+
+
+class JudgedPairs(Sequence[Judged]):
+    """Pairs beside their reference log-probabilities `[pairs, 2]`, put together when asked for."""
+
+    def __init__(self, pairs: Sequence[Pair], reference: Tensor):
+        self.pairs, self.reference = pairs, reference
+        self.sides = lengths(pairs)[:, None]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @overload
+    def __getitem__(self, i: int) -> Judged: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> "JudgedPairs": ...
+
+    def __getitem__(self, i: int | slice) -> "Judged | JudgedPairs":
+        return JudgedPairs(self.pairs[i], self.reference[i]) if isinstance(i, slice) else Judged(self.pairs[i], self.reference[i])
 
 
 @dataclass(frozen=True)
@@ -53,28 +75,30 @@ def run(config: DpoStageConfig, dry_run: bool = False) -> None:
     opened, pairs, model, parameters = _open(config)
 
     def build(folder: Path) -> Task[Judged, JudgedBatch]:
-        everything = [*pairs.train, *pairs.held_out]
-        values = reference_logprobs(config, reference_model(config, model, opened), everything, folder)
+        values = reference_logprobs(config, reference_model(config, model, opened), pairs, folder)
         forget_found(opened)
-        judged = [Judged(pair, row) for pair, row in zip(everything, values, strict=True)]
         cut = len(pairs.train)
-        return Task(judged[:cut], judged[cut:], pack_judged, dpo_objective(model, config.dpo), lambda b: count_items(b, config.dpo))
+        trained, held_out = JudgedPairs(pairs.train, values[:cut]), JudgedPairs(pairs.held_out, values[cut:])
+        return Task(trained, held_out, pack_judged, dpo_objective(model, config.dpo), lambda b: count_items(b, config.dpo))
 
     stage = Stage("dpo", config, opened, model.role, parameters, pairs.train, pairs.held_out, pairs.notes)
     train(stage, model, build, dry_run)
 
 
 def prepare(config: DpoStageConfig) -> Path:
-    """`trueline prepare`: stores the reference log-probabilities of all pairs at `reference.path`."""
-    if config.reference.kind != "stored" or config.reference.path is None:
-        raise UserError("prepare writes reference log-probabilities for reference.kind: stored; set that, and reference.path to the file")
+    """Stores the reference log-probabilities of all pairs at `reference.path`; for `reference.kind: stored`."""
     opened, pairs, model, _ = _open(settle_dtype(config))
     reference = reference_model(config, model, opened)
-    target = Path(config.reference.path)
-    everything = [*pairs.train, *pairs.held_out]
-    values = pair_logprobs(reference.eval(), everything, config.batch.max_tokens)
-    store_reference(target, values, model_fingerprint(reference), pairs_fingerprint(everything))
+    target = Path(str(config.reference.path))
+    values = both_logprobs(reference, pairs, config.batch.max_tokens)
+    store_reference(target, values, model_fingerprint(reference), items_fingerprint(pairs.train, pairs.held_out))
     return target
+
+
+def both_logprobs(reference: LanguageModel, pairs: Prepared[Pair], max_tokens: int) -> Tensor:
+    """`[pairs, 2]`: those trained on, then those held out."""
+    reference.eval()
+    return torch.cat([pair_logprobs(reference, part, max_tokens) for part in (pairs.train, pairs.held_out) if len(part)])
 
 
 def _open(config: DpoStageConfig) -> tuple[Opened, Prepared[Pair], LanguageModel, dict[str, nn.Parameter]]:
@@ -98,15 +122,15 @@ def reference_model(config: DpoStageConfig, model: LanguageModel, opened: Opened
     return LanguageModel(opened.decoder, None) if fresh_lora else model  # a fresh LoRA has no effect, so no say in the fingerprint either
 
 
-def reference_logprobs(config: DpoStageConfig, reference: LanguageModel, pairs: Sequence[Pair], folder: Path) -> Tensor:
+def reference_logprobs(config: DpoStageConfig, reference: LanguageModel, pairs: Prepared[Pair], folder: Path) -> Tensor:
     """`[pairs, 2]`: stored before (`reference.path`, or by an earlier start of this run), or computed now and kept in the run folder."""
-    model, data = model_fingerprint(reference), pairs_fingerprint(pairs)
+    model, data = model_fingerprint(reference), items_fingerprint(pairs.train, pairs.held_out)
     if config.reference.kind == "stored":
         return stored_reference(Path(str(config.reference.path)), model, data)
     path = folder / "reference.safetensors"
     with contextlib.suppress(UserError):  # nothing there yet, or of a start with other settings
         return stored_reference(path, model, data)
-    values = pair_logprobs(reference.eval(), pairs, config.batch.max_tokens)
+    values = both_logprobs(reference, pairs, config.batch.max_tokens)
     store_reference(path, values, model, data)
     return values
 

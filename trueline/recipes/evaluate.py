@@ -3,13 +3,14 @@
 Left out: benchmarks and text metrics. The numbers are those the training stages log, by the same objectives.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from trueline.config.load import to_yaml
 from trueline.config.schema import EvaluateConfig, MeshConfig, RankingConfig
+from trueline.data.cache import TokenPrompt, lengths
 from trueline.data.formats import load_file
 from trueline.data.reader import Problems
 from trueline.data.sample import Pair, Sample
@@ -21,7 +22,7 @@ from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.fit import Task, held_out_values
 from trueline.recipes.generate import answer, language_model_of
 from trueline.recipes.judges import Scores, open_reward, reward_model, sample_line
-from trueline.recipes.prepare import Prepared, TokenPrompt, preference_pairs, prompt_tokens, sft_samples
+from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, sft_samples
 from trueline.recipes.report import run_report
 from trueline.recipes.reward import count_pairs, ranking_objective
 from trueline.recipes.sft import count_tokens, sft_objective
@@ -32,9 +33,9 @@ from trueline.train.run import Run
 class HeldOut:
     """What there is to measure; `notes` say what was left out."""
 
-    pairs: list[Pair]  # for a reward model
-    answers: list[Sample]
-    prompts: list[TokenPrompt]
+    pairs: Sequence[Pair]  # for a reward model
+    answers: Sequence[Sample]
+    prompts: Sequence[TokenPrompt]
     notes: list[str]
 
 
@@ -79,8 +80,8 @@ def read_held_out(config: EvaluateConfig, opened: Opened) -> HeldOut:
         held = HeldOut([], answers.held_out, prompts.held_out, list(dict.fromkeys(answers.notes + prompts.notes)))
     if not (held.pairs or held.answers or held.prompts):
         raise UserError("the held-out files hold prompts alone, and generate is false, so there is nothing to measure; set generate=true")
-    sizes = [len(pair) for pair in held.pairs] + [len(sample) for sample in held.answers]
-    plan([max(sizes, default=0)], config.batch.max_tokens)  # refuses what would not fit later
+    sizes = [int(lengths(items).max()) for items in (held.pairs, held.answers) if len(items)]
+    plan(sizes, config.batch.max_tokens)  # refuses what would not fit later
     return held
 
 
@@ -104,14 +105,14 @@ def file_use(config: EvaluateConfig) -> str:
     return use
 
 
-def pair_values(config: EvaluateConfig, opened: Opened, pairs: list[Pair], world: World) -> dict[str, float]:
+def pair_values(config: EvaluateConfig, opened: Opened, pairs: Sequence[Pair], world: World) -> dict[str, float]:
     """Ranking loss, accuracy and margin of a reward model."""
     scorer = make_scorer(opened.decoder, opened.role, opened.score)
     task = Task(pairs, pairs, pack_pairs, ranking_objective(scorer, RankingConfig()), count_pairs)
     return held_out_values(task, scorer, config.batch.max_tokens, world)
 
 
-def answer_values(config: EvaluateConfig, opened: Opened, samples: list[Sample], world: World) -> dict[str, float]:
+def answer_values(config: EvaluateConfig, opened: Opened, samples: Sequence[Sample], world: World) -> dict[str, float]:
     """Mean negative log-likelihood per trained token of the files' own answers (of pairs, the chosen ones)."""
     model = language_model_of(opened)
     task = Task(samples, samples, pack, sft_objective(model), count_tokens)
@@ -119,7 +120,7 @@ def answer_values(config: EvaluateConfig, opened: Opened, samples: list[Sample],
 
 
 def spoken_values(
-    config: EvaluateConfig, opened: Opened, prompts: list[TokenPrompt], score: Scores | None
+    config: EvaluateConfig, opened: Opened, prompts: Sequence[TokenPrompt], score: Scores | None
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The model's own answers to the files' prompts: length, share that stopped, and their mean score if a reward is given."""
     seeds = [key(config.run.seed, "evaluate", i) for i in range(len(prompts))]

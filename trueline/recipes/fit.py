@@ -3,10 +3,8 @@
 What a step trains on is a pure function of (seed, step), so a resumed run goes through the same batches to the same bits.
 """
 
-import hashlib
 import time
-from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from trueline.config.load import to_yaml
 from trueline.config.schema import StageConfig
+from trueline.data.cache import items_fingerprint, lengths
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.errors import UserError
@@ -76,7 +75,8 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
     """Trains `stage.parameters` of `module`; `build` makes the task once the run folder is held (DPO stores its reference there)."""
     config, count = stage.config, len(stage.items)
     total = total_steps(count, config.batch.sequences, config.run.steps, config.run.epochs)
-    plan([max(len(item) for item in (*stage.items, *stage.held_out))], config.batch.max_tokens)  # refuses what would not fit later
+    sizes = [int(lengths(items).max()) for items in (stage.items, stage.held_out) if len(items)]
+    plan(sizes, config.batch.max_tokens)  # refuses what would not fit later
     if dry_run:
         show_plan(config, derived(stage, total))
         return
@@ -108,7 +108,7 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
                 return train_step(optimizer, micro_batches(task, items, tokens, world), task.objective, task.count, **settings)
 
             values = budget.fit([len(item) for item in items], attempt)
-            tokens, seconds = sum(len(task.items[i]) for i in indices), time.perf_counter() - began
+            tokens, seconds = sum(len(item) for item in items), time.perf_counter() - began
             run.log(step, values | {"lr": rate, "tokens": tokens, "tokens_per_second": tokens / seconds, "seconds": seconds})
             stopping = run.stopping
             if task.held_out and run.due(config.run.eval_every, step) and not stopping:
@@ -123,7 +123,7 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
 
 def micro_batches(task: Task[T, B], items: Sequence[T], max_tokens: int, world: World) -> list[B]:
     """This rank's packed micro-batches of `items`, on its device."""
-    planned = plan([len(item) for item in items], max_tokens, world.size)[world.rank]
+    planned = plan(lengths(items).tolist(), max_tokens, world.size)[world.rank]
     return [task.pack([items[i] for i in indices]).to(world.device) for indices in planned if indices]
 
 
@@ -202,19 +202,11 @@ def resume(
     return found.step
 
 
-def items_fingerprint(items: Iterable[Sample | Pair]) -> str:
-    """Hash of the records' tokens and of which are trained, in order."""
-    digest = hashlib.sha256()
-    for item in items:
-        for side in (item.chosen, item.rejected) if isinstance(item, Pair) else (item,):
-            digest.update(array("q", [len(side.tokens), *side.tokens]).tobytes() + bytes(side.trained))
-    return digest.hexdigest()
-
-
 def derived(stage: Stage, total: int) -> dict[str, Any]:
     """What follows from a config: counts of records, tokens, steps and parameters."""
     decoder = stage.opened.decoder
-    tokens = sum(len(item) for item in stage.items)
+    sizes = lengths(stage.items)
+    tokens = int(sizes.sum())
     trained = sum(p.numel() for p in stage.parameters.values())
     passes = min(total * stage.config.batch.sequences / len(stage.items), stage.config.run.epochs or float("inf"))
     return {
@@ -222,7 +214,7 @@ def derived(stage: Stage, total: int) -> dict[str, Any]:
         "held out": len(stage.held_out),
         "tokens per pass": tokens,
         "tokens in all": round(tokens * passes),
-        "longest record": max(len(item) for item in stage.items),
+        "longest record": int(sizes.max()),
         "steps": total,
         "passes": round(passes, 3),
         "parameters": sum(p.numel() for p in decoder.parameters()),

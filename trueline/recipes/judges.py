@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from trueline.config.schema import AdapterConfig, ModelConfig, RewardSourceConfig
+from trueline.data.cache import TokenPrompt
 from trueline.data.conversation import Message
 from trueline.data.sample import Sample, answered
 from trueline.data.stream import plan
@@ -20,7 +21,6 @@ from trueline.model.batch import pack
 from trueline.model.heads import Scorer
 from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.generate import line_of
-from trueline.recipes.prepare import TokenPrompt
 from trueline.rollout.sampling import Rollout
 from trueline.train.judge import Judge
 

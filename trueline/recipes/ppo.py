@@ -15,16 +15,17 @@ from torch import Tensor
 
 from trueline.config.load import to_yaml
 from trueline.config.schema import OptimizerConfig, PpoConfig, PpoStageConfig
+from trueline.data.cache import TokenPrompt, items_fingerprint, lengths
 from trueline.data.sample import Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.model.batch import Batch, pack
 from trueline.model.heads import LanguageModel, Scorer, values_before
 from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import publish
-from trueline.recipes.fit import items_fingerprint, resume, save, show_plan
+from trueline.recipes.fit import resume, save, show_plan
 from trueline.recipes.generate import sampling_of
 from trueline.recipes.judges import Scores, open_reward, sample_line
-from trueline.recipes.prepare import TokenPrompt, prompt_tokens, ptx_samples
+from trueline.recipes.prepare import prompt_tokens, ptx_samples
 from trueline.recipes.report import run_report
 from trueline.recipes.roles import Roles, open_roles, parents
 from trueline.rollout.engine import Engine
@@ -175,8 +176,8 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     prompts = prompt_tokens(config.data, family, tokenizer, config.sampling.max_new_tokens, config.run.seed)
     ptx = ptx_samples(config.data, family, tokenizer, config.run.seed)
     total = total_steps(len(prompts.train), config.rollout.prompts, config.run.steps, config.run.epochs)
-    longest = max(len(p.tokens) for p in (*prompts.train, *prompts.held_out)) + config.sampling.max_new_tokens
-    plan([longest, *(len(sample) for sample in ptx.train)], config.batch.max_tokens)  # refuses what would not fit later
+    longest = max(int(lengths(items).max()) for items in (prompts.train, prompts.held_out) if len(items)) + config.sampling.max_new_tokens
+    plan([longest, int(max(lengths(ptx.train), default=0))], config.batch.max_tokens)  # refuses what would not fit later
     if dry_run:
         show_plan(config, derived(config, roles, prompts.train, total))
         return
@@ -188,7 +189,7 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     learning = Learning(config.ppo.kl_coefficient)
     order: dict[str, Any] = {"seed": config.run.seed, "model": roles.policy.fingerprint}
     order |= {"rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
-    order |= {"data": items_fingerprint(Sample(p.tokens, [False] * len(p.tokens)) for p in prompts.train)}
+    order |= {"data": items_fingerprint(prompts.train)}
     source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, config.batch.max_tokens)
     with Run("ppo", config.run, to_yaml(config), world) as run, open_reward(*source) as score:
         done = resume(run, order, trained, optimizers, lambda state: learning.restore(config.ppo, state))
@@ -288,7 +289,7 @@ def derived(config: PpoStageConfig, roles: Roles, prompts: Sequence[TokenPrompt]
     answers = config.rollout.prompts * config.rollout.samples
     return {
         "prompts": len(prompts),
-        "longest prompt": max(len(p.tokens) for p in prompts),
+        "longest prompt": int(lengths(prompts).max()),
         "iterations": total,
         "answers in all": total * answers,
         "answer tokens in all, at most": total * answers * config.sampling.max_new_tokens,

@@ -1,38 +1,60 @@
-"""Files to token samples, split into trained and held out. Nothing is cut or left out without being counted and said."""
+"""Files to token samples, split into trained and held out. Nothing is cut or left out without being counted and said.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+Every file goes through the token cache by itself (`data/cache.py`), so a file added to the list costs its own rendering only.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from trueline.config.schema import DataConfig, PpoDataConfig
+from trueline.data import cache
+from trueline.data.cache import Items, Kept, Kind, Tally, TokenPrompt, in_memory, stored
 from trueline.data.conversation import Conversation, Preference, Prompt
-from trueline.data.formats import Located, load_conversations, load_preferences, load_prompts
+from trueline.data.formats import Located, equal_note, iter_conversations, iter_preferences, iter_prompts
+from trueline.data.reader import Problems
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key
 from trueline.data.tokenizer import Tokenizer
-from trueline.errors import UserError
+from trueline.errors import RunError, UserError
+from trueline.families import transcript
 from trueline.families.family import Family
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TokenPrompt:
-    """A prompt as the model sees it, and where it came from."""
-
-    tokens: list[int]
-    prompt: Prompt
+Read = Callable[[str, Problems, list[str]], Iterator[Located[Any]]]
+"""(file, problems, places of equal pairs) -> its records."""
 
 
 @dataclass(frozen=True)
 class Prepared(Generic[T]):
-    """What a stage trains on and what it is judged by. `notes` say what was left out or cut, with counts."""
+    """What a stage trains on and what it is judged by. `notes` say what was left out or cut, with counts; `files` what is known of each."""
 
-    train: list[T]
-    held_out: list[T]
+    train: Sequence[T]
+    held_out: Sequence[T]
     notes: list[str]
+    files: dict[str, Kept] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source(Generic[T]):
+    """How the records of a file become items, and all that this depends on beside the file (`facts`)."""
+
+    kind: Kind
+    read: Read
+    render: Callable[[Any], T]
+    cut: Callable[[T, int], T | None]
+    expect: Callable[[int], None]  # told how many bytes are to be rendered
+    room: int
+    overlength: str
+    facts: dict[str, Any]
+    folder: Path | None  # of the cache; None: none is kept
 
 
 def sft_samples(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> Prepared[Sample]:
@@ -41,7 +63,11 @@ def sft_samples(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: in
     def render(conversation: Conversation) -> Sample:
         return family.render(conversation, tokenizer, last_only=data.train_on == "last")
 
-    return _prepare(data, seed, lambda paths: load_conversations(paths, data.format), render, _cut_sample)
+    def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Conversation]]:
+        return iter_conversations([path], data.format, problems)
+
+    facts = _facts("answer", data, family, tokenizer) | {"train_on": data.train_on}
+    return _prepare(data, seed, _source("sample", read, render, _cut_sample, data.max_length, data, tokenizer, facts))
 
 
 def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> Prepared[Pair]:
@@ -54,9 +80,11 @@ def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, see
             sides.append(family.render(replace(preference.prompt, messages=messages), tokenizer, last_only=True))
         return Pair(*sides)
 
-    notes: list[str] = []
-    found = _prepare(data, seed, lambda paths: load_preferences(paths, data.format, data.ranked, notes), render, _cut_pair)
-    return replace(found, notes=notes + found.notes)
+    def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Preference]]:
+        return iter_preferences([path], data.format, data.ranked, problems, equal)
+
+    facts = _facts("pair", data, family, tokenizer) | {"ranked": data.ranked}
+    return _prepare(data, seed, _source("pair", read, render, _cut_pair, data.max_length, data, tokenizer, facts))
 
 
 def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_new_tokens: int, seed: int) -> Prepared[TokenPrompt]:
@@ -71,87 +99,174 @@ def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_ne
     def render(prompt: Prompt) -> TokenPrompt:
         return TokenPrompt(family.render(prompt.conversation, tokenizer, open=True).tokens, prompt)
 
+    def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Prompt]]:
+        return iter_prompts([path], data.format, problems)
+
     def no_cut(item: TokenPrompt, room: int) -> TokenPrompt | None:
         return None
 
-    return _prepare(data, seed, lambda paths: load_prompts(paths, data.format), render, no_cut, room, lambda p: len(p.tokens))
+    facts = _facts("prompt", data, family, tokenizer)
+    return _prepare(data, seed, _source("prompt", read, render, no_cut, room, data, tokenizer, facts))
 
 
 def ptx_samples(data: PpoDataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> Prepared[Sample]:
     """The supervised samples of PPO's pretraining-loss mix."""
     if not data.ptx:
         return Prepared([], [], [])
-    plain = DataConfig(train=data.ptx, max_length=data.max_length, overlength=data.overlength)
+    plain = DataConfig(train=data.ptx, max_length=data.max_length, overlength=data.overlength, cache=data.cache)
     return sft_samples(plain, family, tokenizer, seed)
 
 
-def _prepare(
-    data: DataConfig,
-    seed: int,
-    load: Callable[[Sequence[str]], list[Located[Any]]],
+def cache_folder(setting: str | None) -> Path | None:
+    """Where `data.cache` says tokens are kept; None: nowhere."""
+    if setting is not None:
+        return None if setting == "off" else Path(setting).expanduser()
+    if home := os.environ.get("TRUELINE_CACHE"):
+        return Path(home).expanduser() / "tokens"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trueline" / "tokens"
+
+
+def _facts(use: str, data: DataConfig, family: Family, tokenizer: Tokenizer) -> dict[str, Any]:
+    render = f"{family.name} {family.render.__module__}.{family.render.__qualname__}"
+    known = {"use": use, "schema": data.format, "overlength": data.overlength, "tokenizer": tokenizer.fingerprint}
+    return known | {"renderer": render, "source": source_hash()}
+
+
+@lru_cache(maxsize=1)
+def source_hash() -> str:
+    """Hash of the source of everything between a file's bytes and its tokens: another version of it may give other ones."""
+    folders = (Path(cache.__file__).parent, Path(transcript.__file__).parent)
+    files = [Path(__file__), *(path for folder in folders for path in sorted(folder.glob("*.py")))]
+    return hashlib.sha256(b"".join(path.name.encode() + b"\0" + path.read_bytes() for path in files)).hexdigest()
+
+
+def _source(
+    kind: Kind,
+    read: Read,
     render: Callable[[Any], T],
     cut: Callable[[T, int], T | None],
-    room: int | None = None,
-    length: Callable[[T], int] = lambda item: longest(item),
-) -> Prepared[T]:
-    room = data.max_length if room is None else room
+    room: int,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+) -> Source[T]:
+    return Source(kind, read, render, cut, tokenizer.expect, room, data.overlength, facts | {"room": room}, cache_folder(data.cache))
+
+
+def _prepare(data: DataConfig, seed: int, source: Source[T]) -> Prepared[T]:
     notes: list[str] = []
-    train = _render_all(load(data.train) if data.train else [], data, render, cut, room, length, notes)
-    held_out = _render_all(load(data.eval) if data.eval else [], data, render, cut, room, length, notes)
-    for files, kept, purpose in ((data.train, train, "train on"), (data.eval, held_out, "evaluate on")):
-        if files and not kept:
-            raise UserError(f"nothing is left to {purpose} in {', '.join(files)}: {'; '.join(notes)}")
+    files: dict[str, Kept] = {}
+    train = _items(data.train, source, notes, files)
+    held_out = _items(data.eval, source, notes, files)
+    for paths, kept, purpose in ((data.train, train, "train on"), (data.eval, held_out, "evaluate on")):
+        if paths and not len(kept):
+            raise UserError(f"nothing is left to {purpose} in {', '.join(paths)}: {'; '.join(notes)}")
     if data.eval_fraction:
         if len(train) < 2:
             raise UserError(f"data.eval_fraction needs at least 2 records, found {len(train)}; add records or set it to 0")
         order = np.argsort(np.random.Philox(key=key(seed, "held-out")).random_raw(len(train)), kind="stable")
         count = min(max(1, round(len(train) * data.eval_fraction)), len(train) - 1)
-        chosen = set(order[:count].tolist())
-        held_out = [item for i, item in enumerate(train) if i in chosen]
-        train = [item for i, item in enumerate(train) if i not in chosen]
+        chosen = np.zeros(len(train), np.bool_)
+        chosen[order[:count]] = True
+        held_out, train = train.take(chosen.nonzero()[0]), train.take((~chosen).nonzero()[0])
     if data.limit is not None:
         train = train[: data.limit]
-    return Prepared(train, held_out, notes)
+    return Prepared(train, held_out, notes, files)
 
 
-def _render_all(
-    located: list[Located[Any]],
-    data: DataConfig,
-    render: Callable[[Any], T],
-    cut: Callable[[T, int], T | None],
-    room: int,
-    length: Callable[[T], int],
-    notes: list[str],
-) -> list[T]:
-    kept: list[T] = []
-    problems: list[str] = []
-    strange: list[str] = []
-    dropped = truncated = 0
-    for item in located:
-        try:
-            rendered = render(item.value)
-        except UserError as error:
-            strange.append(f"{item.where}: {error}")
-            continue
-        if length(rendered) <= room:
-            kept.append(rendered)
-        elif data.overlength == "error":
-            problems.append(f"{item.where}: {length(rendered)} tokens, expected at most {room}")
-        elif data.overlength == "truncate" and (shorter := cut(rendered, room)) is not None:
-            kept.append(shorter)
-            truncated += 1
-        else:
-            dropped += 1
-    if strange:
-        raise UserError(f"{len(strange)} of {len(located)} records cannot be rendered for this model:", strange[:50])
-    if problems:
-        advice = "raise data.max_length, or set data.overlength to drop or truncate"
-        raise UserError(f"{len(problems)} of {len(located)} records are longer than data.max_length allows; {advice}:", problems[:50])
+class _Refused:
+    """What cannot be used in the files of one list: kept apart, for each kind has its own sentence."""
+
+    def __init__(self) -> None:
+        self.reading = Problems()
+        self.strange: list[str] = []
+        self.long: list[str] = []
+
+    def __len__(self) -> int:
+        return self.reading.count + len(self.strange) + len(self.long)
+
+    def stop(self, records: int) -> None:
+        """Raises one UserError with everything of the first kind there is."""
+        self.reading.stop()
+        if self.strange:
+            raise UserError(f"{len(self.strange)} of {records} records cannot be rendered for this model:", self.strange[:50])
+        if self.long:
+            advice = "raise data.max_length, or set data.overlength to drop or truncate"
+            sentence = f"{len(self.long)} of {records} records are longer than data.max_length allows; {advice}:"
+            raise UserError(sentence, self.long[:50])
+
+
+def _items(paths: Sequence[str], source: Source[T], notes: list[str], files: dict[str, Kept]) -> Items[T]:
+    """The items of all `paths` in order."""
+    refused = _Refused()
+    found = []
+    for path in paths:
+        rows = partial(_rows, path, source, refused)
+        kept = _kept(path, source, rows)
+        files[path] = kept
+        found.append(kept)
+        notes += [kept.note] if kept.note else []
+    seen, dropped, truncated = (sum(getattr(kept.tally, name) for kept in found) for name in ("seen", "dropped", "truncated"))
+    refused.stop(seen)
+    if equal := [f"{path}:{line}" for path, kept in zip(paths, found, strict=True) for line in kept.tally.equal]:
+        notes.append(equal_note(equal))
+        if not seen:
+            raise UserError(f"no pairs in {', '.join(paths)}: in every record both answers are equal")
     if dropped:
-        notes.append(f"{dropped} of {len(located)} records left out: longer than {room} tokens")
+        notes.append(f"{dropped} of {seen} records left out: longer than {source.room} tokens")
     if truncated:
-        notes.append(f"{truncated} of {len(located)} records cut at {room} tokens")
+        notes.append(f"{truncated} of {seen} records cut at {source.room} tokens")
+    return Items([block for kept in found for block in kept.blocks])
+
+
+def _kept(path: str, source: Source[T], rows: Callable[[Tally], Iterator[tuple[T, int]]]) -> Kept:
+    """One file's items from the cache, or made now."""
+    if source.folder is None or not Path(path).is_file():
+        return in_memory(source.kind, rows)
+    before = os.stat(path)
+    facts = source.facts | {"file": cache.file_hash(path), "ending": "".join(Path(path).suffixes[-2:]).lower()}
+    kept = stored(source.folder, facts, source.kind, rows)
+    after = os.stat(path)
+    if kept.made and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise RunError(f"{path} changed while it was read; start the same command again")
     return kept
+
+
+def _rows(path: str, source: Source[T], refused: _Refused, tally: Tally) -> Iterator[tuple[T, int]]:
+    """Items with their lines, from record `tally.seen` on; once anything is refused, the rest is only looked through for more."""
+    equal: list[str] = []
+    start, before = tally.seen, len(refused)
+    source.expect(Path(path).stat().st_size if Path(path).is_file() else 0)
+    for located in islice(source.read(path, refused.reading, equal), start, None):
+        tally.seen += 1
+        if refused.reading.count:
+            tally.failed = True
+            continue
+        try:
+            item = source.render(located.value)
+        except UserError as error:
+            refused.strange.append(f"{located.where}: {error}")
+            tally.failed = True
+            continue
+        length = longest(item)
+        if length > source.room:
+            if source.overlength == "error":
+                refused.long.append(f"{located.where}: {length} tokens, expected at most {source.room}")
+                tally.failed = True
+                continue
+            shorter = source.cut(item, source.room) if source.overlength == "truncate" else None
+            if shorter is None:
+                tally.dropped += 1
+                continue
+            tally.truncated += 1
+            item = shorter
+        yield item, _line(located.where)
+    tally.equal = [_line(where) for where in equal]
+    tally.failed = tally.failed or len(refused) > before
+
+
+def _line(where: str) -> int:
+    return int(where.rpartition(":")[2])
 
 
 def longest(item: Any) -> int:

@@ -3,7 +3,6 @@
 A file whose fingerprints are not this run's is refused: a reference from another checkpoint is DPO's worst silent bug.
 """
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trueline.data.cache import lengths
 from trueline.data.sample import Pair
 from trueline.data.stream import plan
 from trueline.errors import RunError, UserError, disk_full
@@ -27,7 +27,7 @@ def pair_logprobs(model: LanguageModel, pairs: Sequence[Pair], max_tokens: int) 
     """Log-probability of each pair's answers, summed over their trained tokens: `[pairs, 2]` (chosen, rejected) on the CPU."""
     place = model.decoder.embed.weight.device
     rows: list[Tensor] = [torch.empty(0)] * len(pairs)
-    for indices in plan([len(p) for p in pairs], max_tokens)[0]:
+    for indices in plan(lengths(pairs).tolist(), max_tokens)[0]:
         if indices:
             batch = pack_pairs([pairs[i] for i in indices]).to(place)
             for i, row in zip(indices, batch.per_sequence(model(batch)).view(-1, 2).cpu(), strict=True):
@@ -43,15 +43,6 @@ def model_fingerprint(model: LanguageModel) -> str:
         # named without the role: the same adapter is the same model, whatever it is called here
         tensors |= {name.replace(f".{role}.", ".role."): p for name, p in adapter_parameters(decoder, role).items()}
     return fingerprint(sorted((name, p.detach()) for name, p in tensors.items()))
-
-
-def pairs_fingerprint(pairs: Sequence[Pair]) -> str:
-    """Hash of every pair's tokens and of which are trained, in order."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        for side in (pair.chosen, pair.rejected):
-            digest.update(repr((side.tokens, side.trained)).encode())
-    return digest.hexdigest()
 
 
 def store_reference(path: Path, logprobs: Tensor, model: str, pairs: str) -> None:
