@@ -36,10 +36,14 @@ def join_gate_up(parts: list[Tensor], config: DecoderConfig) -> Tensor:
 
 def read_config(config: dict[str, Any]) -> DecoderConfig:
     """transformers' GlmConfig."""
-    keys = Settings(config, "glm")
+    return _read_config(Settings(config, "glm"), post_norms=False)
+
+
+def _read_config(keys: Settings, post_norms: bool) -> DecoderConfig:
+    """GLM-4's, or GLM-4-0414's (which also norms what each half adds)."""
     hidden = keys.size("hidden_size", 4096)
     heads, kv_heads, head_dim = keys.heads(32, 2, hidden, 128)
-    theta, share = keys.rope(0.5)
+    theta, share, scaling = keys.rope(0.5)
     rope_dim = int(head_dim * share)
     if rope_dim % 2 or not 0 < rope_dim <= head_dim:
         keys.refuse(f"partial_rotary_factor: {share} of head_dim {head_dim} is {rope_dim}, expected an even number of channels of the head")
@@ -55,6 +59,8 @@ def read_config(config: dict[str, Any]) -> DecoderConfig:
         qkv_bias=keys.flag("attention_bias", True),
         rope="interleaved",
         rope_theta=theta,
+        rope_scaling=scaling,
+        post_norms=post_norms,
         rope_dim=rope_dim,
         tied_embeddings=keys.flag("tie_word_embeddings", False),
         init_std=keys.number("initializer_range", 0.02),

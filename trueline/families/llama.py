@@ -34,11 +34,11 @@ PLAIN_ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 
 def read_config(config: dict[str, Any]) -> DecoderConfig:
-    """transformers' LlamaConfig; scaled rotary embeddings (Llama 3.1 and later) are refused."""
+    """transformers' LlamaConfig."""
     keys = Settings(config, "llama")
     hidden = keys.size("hidden_size", 4096)
     heads, kv_heads, head_dim = keys.heads(32, None, hidden)
-    theta, share = keys.rope(1.0)
+    theta, share, scaling = keys.rope(1.0)
     if share != 1.0:
         keys.refuse("partial_rotary_factor: a llama model turns whole heads")
     bias = keys.flag("attention_bias", False)
@@ -55,6 +55,7 @@ def read_config(config: dict[str, Any]) -> DecoderConfig:
         o_bias=bias,
         mlp_bias=keys.flag("mlp_bias", False),
         rope_theta=theta,
+        rope_scaling=scaling,
         tied_embeddings=keys.flag("tie_word_embeddings", False),
         init_std=keys.number("initializer_range", 0.02),
     )

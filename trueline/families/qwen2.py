@@ -38,18 +38,20 @@ TOOLS_AFTER: tuple[str | Tag, ...] = (
 
 
 def read_config(config: dict[str, Any]) -> DecoderConfig:
-    """transformers' Qwen2Config; sliding windows and scaled rotary embeddings are refused."""
-    keys = Settings(config, "qwen2")
+    """transformers' Qwen2Config."""
+    return _read_config(Settings(config, "qwen2"), None)
+
+
+def _read_config(keys: Settings, head_dim: int | None) -> DecoderConfig:
+    """Qwen2's, or Qwen3's (where heads have a size of their own): q and k normalised, biases on request."""
+    qwen3 = head_dim is not None
     hidden, layers = keys.size("hidden_size", 4096), keys.size("num_hidden_layers", 32)
-    heads, kv_heads, head_dim = keys.heads(32, 32, hidden)
-    theta, share = keys.rope(1.0)
+    heads, kv_heads, head_dim = keys.heads(32, 32, hidden, head_dim)
+    theta, share, scaling = keys.rope(1.0)
     if share != 1.0:
-        keys.refuse("partial_rotary_factor: a qwen2 model turns whole heads")
-    slides = keys.flag("use_sliding_window", False) and config.get("sliding_window", 4096) is not None
-    kinds = config.get("layer_types")
-    windowed = set(kinds) != {"full_attention"} if kinds else slides and keys.size("max_window_layers", 28, least=0) < layers
-    if windowed:
-        keys.refuse("use_sliding_window: sliding windows are not supported; with false, every layer sees the whole context")
+        keys.refuse(f"partial_rotary_factor: a {keys.family} model turns whole heads")
+    slides = keys.flag("use_sliding_window", False) and keys.config.get("sliding_window", 4096) is not None
+    bias = keys.flag("attention_bias", False) if qwen3 else False
     decoder = DecoderConfig(
         vocab_size=keys.size("vocab_size", 151936),
         hidden_size=hidden,
@@ -59,8 +61,12 @@ def read_config(config: dict[str, Any]) -> DecoderConfig:
         head_dim=head_dim,
         mlp_size=keys.size("intermediate_size", 22016),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
-        qkv_bias=True,
+        qkv_bias=bias or not qwen3,
+        o_bias=bias,
+        qk_norm=qwen3,
         rope_theta=theta,
+        rope_scaling=scaling,
+        windows=keys.windows(keys.size("sliding_window", 4096) if slides else None, keys.size("max_window_layers", 28, least=0), layers),
         tied_embeddings=keys.flag("tie_word_embeddings", False),
         init_std=keys.number("initializer_range", 0.02),
     )
