@@ -92,7 +92,8 @@ class PackedBlock(nn.Module):
             turning.copy_(F.rms_norm(turning, (self.head_dim,), eps=self.eps).mul_(self.head_norms))
         turned = torch.view_as_complex(turning.unflatten(-1, (-1, 2)))
         turned[..., : turn.shape[-1]] *= turn
-        seen = layout.attend(self.layer, *heads.split(self.split, dim=1), self.window).flatten(1)
+        q, k, v = heads.split(self.split, dim=1)
+        seen = layout.attend(self.layer, q, k, v, self.window).flatten(1)
         if len(seen) < len(x):
             seen = F.pad(seen, (0, 0, 0, len(x) - len(seen)))
         return _by_pieces(self._after, pieces, seen, x)
@@ -112,7 +113,7 @@ class PackedBlock(nn.Module):
 class PackedHead(nn.Module):
     """`Decoder.head` after the final norm."""
 
-    def __init__(self, head: nn.Linear, norm: nn.RMSNorm, config: DecoderConfig):
+    def __init__(self, head: nn.Linear, norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig):
         super().__init__()
         self.weight = _pack(head.weight * Scale(config).weight(norm))
 
@@ -131,7 +132,7 @@ class Scale:
     def __call__(self, x: Tensor) -> Tensor:
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
 
-    def weight(self, norm: nn.RMSNorm) -> Tensor:
+    def weight(self, norm: nn.RMSNorm | nn.LayerNorm) -> Tensor:
         return norm.weight.detach() * self.root
 
 
