@@ -80,7 +80,7 @@ def read_config(config: dict[str, Any]) -> DecoderConfig:
 def read_chatglm2(config: dict[str, Any]) -> DecoderConfig:
     """The same, without `rope_ratio`: the long ChatGLM2 models mean another thing by it."""
     if config.get("rope_ratio") not in (None, 1):
-        raise UserError(f"rope_ratio: {config['rope_ratio']!r} is not supported for chatglm2; use chatglm2-6b, or a ChatGLM3 or GLM-4 model")
+        raise UserError(f"rope_ratio: {config['rope_ratio']!r} is not supported for chatglm2; use chatglm2-6b, or a ChatGLM3 model")
     return read_config(config)
 
 
@@ -112,7 +112,7 @@ def render_rounds(conversation: Conversation, tokenizer: Encoder, open: bool = F
 
 
 def render_chatglm3(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
-    """`[gMASK]sop`, then each message as `<|role|>`, the called tool's name, a newline and the content, as in GLM-4 (see there for training).
+    """`[gMASK]sop`, then each message as in GLM-4 (`glm4.render` says what is trained).
 
     Tools stand in the system message as indented JSON, a call is the Python the published code reads: `tool_call(city='北京')`.
     """

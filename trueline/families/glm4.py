@@ -1,4 +1,4 @@
-"""GLM-4 (GLM-4-9B-chat-hf) and GLM-4-0414. A turn has no end mark of its own: the next role's marker ends it, and is trained as the assistant's stop."""
+"""GLM-4 (GLM-4-9B-chat-hf) and GLM-4-0414. A turn has no end mark: the next role's marker ends it, and is trained as a stop."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -93,7 +93,8 @@ class Settings:
 
     def windows(self, sliding: int | None, first: int, layers: int) -> tuple[int | None, ...]:
         """The window of each layer from number `first` on, or as `layer_types` says; empty when none has one."""
-        kinds = self.config.get("layer_types") or ["sliding_attention" if sliding and i >= first else "full_attention" for i in range(layers)]
+        usual = ["sliding_attention" if sliding and i >= first else "full_attention" for i in range(layers)]
+        kinds = self.config.get("layer_types") or usual
         if len(kinds) != layers or set(kinds) - {"sliding_attention", "full_attention"}:
             self.problems.append(f"layer_types: expected sliding_attention or full_attention for each of {layers} layers")
         elif "sliding_attention" in kinds:

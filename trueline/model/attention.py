@@ -29,8 +29,8 @@ def packed_attention(
     """Causal attention inside each of several sequences laid end to end.
 
     `q` `[T, H, d]`, `k`, `v` `[T, G, d]` with H a multiple of G; `lengths` sum to T. `contexts`: the first so many tokens of each
-    sequence are seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence. `window`: each token sees so many of the
-    newest, itself and the prefix counted. Returns `[T, H, d]`.
+    sequence are seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence.
+    `window`: each token sees so many of the newest, itself and the prefix counted. Returns `[T, H, d]`.
     """
     front = 0 if prefix_keys is None else len(prefix_keys)
     if window is not None and window >= front + max(lengths):
@@ -110,7 +110,8 @@ def _varlen(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, leng
     longest = max(lengths)
     if window is not None and "window_size" not in known:
         raise UserError("this model has sliding windows, which need a newer PyTorch on this device; install torch 2.12 or later")
-    options: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)} if "window_size" in known else {"is_causal": True}
+    left = -1 if window is None else window - 1
+    options: dict[str, object] = {"window_size": (left, 0)} if "window_size" in known else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in known:
             options["enable_gqa"] = True

@@ -1,4 +1,4 @@
-"""The speeds at which pairs of channels turn, plain or stretched for longer contexts. One rule: float32, in the order the published code computes."""
+"""The speeds at which pairs of channels turn, plain or stretched. One rule: float32, in the order the published code computes."""
 
 import math
 from dataclasses import dataclass
