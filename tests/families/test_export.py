@@ -10,7 +10,7 @@ from trueline.config.schema import AdapterConfig
 from trueline.errors import RunError, UserError
 from trueline.families.export import export_tensors, save_folder
 from trueline.families.folder import load_decoder, open_folder, random_decoder
-from trueline.families.table import FAMILIES
+from trueline.families.table import CHATGLMS, FAMILIES
 from trueline.model.adapters import add_adapter
 
 CONTROL = ("<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
@@ -181,7 +181,7 @@ def test_a_trunk_alone_is_not_a_language_model(made, tmp_path):
         save_folder(tmp_path / "out", trunk, folder)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [name for name in FAMILIES if name not in CHATGLMS])
 def test_every_tensor_is_written_once_whatever_the_family(made, tmp_path, kind):
     folder, decoder = made(kind)
     save_folder(tmp_path / "out", decoder, folder)

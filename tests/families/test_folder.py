@@ -120,7 +120,7 @@ def test_a_folder_without_a_config_says_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_act": "gelu"}, "gelu"),
     ],

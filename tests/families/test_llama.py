@@ -5,6 +5,7 @@ from trueline.data.tokenizer import load_tokenizer
 from trueline.errors import UserError
 from trueline.families.family import stop_ids
 from trueline.families.llama import LLAMA, render
+from trueline.model.rotary import RopeScaling
 
 U, A = Message("user", " u "), Message("assistant", "ab")
 
@@ -81,7 +82,11 @@ def test_sizes_and_defaults():
     assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, False)
 
 
-def test_llama_3_1s_scaled_angles_are_refused():
+def test_llama_3_1s_scaled_angles():
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    with pytest.raises(UserError, match="rope_scaling: rope_type 'llama3' is not supported"):
-        LLAMA.read_config({"rope_scaling": scaling})
+    config = LLAMA.read_config({"rope_scaling": scaling | {"original_max_position_embeddings": 8192}})
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 8192, 1.0, 4.0)
+    with pytest.raises(UserError) as caught:
+        LLAMA.read_config({"rope_scaling": {"rope_type": "llama3"}})
+    missing = [f"rope_scaling.{key}" for key in ("factor", "low_freq_factor", "high_freq_factor")]
+    assert [p.split(":")[0] for p in caught.value.problems] == missing

@@ -71,9 +71,9 @@ def test_sizes_and_defaults():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_sliding_window": True, "max_window_layers": 0}, "use_sliding_window"),
-        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3}, "use_sliding_window"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "use_sliding_window"),
+        ({"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0}, "sliding_window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types: expected"),
+        ({"layer_types": ["chunked_attention"] * 4}, "layer_types: expected"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )
@@ -83,5 +83,6 @@ def test_what_the_decoder_cannot_do_is_refused(changes, named):
 
 
 def test_a_window_that_no_layer_uses_is_none():
-    QWEN2.read_config({"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 4})
-    QWEN2.read_config({"num_hidden_layers": 4, "use_sliding_window": False, "sliding_window": 8, "max_window_layers": 0})
+    for slides, first, windows in ((True, 4, ()), (False, 0, ()), (True, 3, (None, None, None, 8)), (True, 0, (8,) * 4)):
+        config = {"num_hidden_layers": 4, "use_sliding_window": slides, "sliding_window": 8, "max_window_layers": first}
+        assert QWEN2.read_config(config).windows == windows

@@ -32,15 +32,16 @@ def test_null_and_missing_are_the_default():
 )
 def test_rotary_settings_of_older_and_newer_files(config, wanted):
     keys = Settings(config, "glm")
-    assert keys.rope(0.5) == wanted
+    assert keys.rope(0.5) == (*wanted, None)
     keys.check()
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling: rope_type 'linear'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_scaling: rope_type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.factor: missing"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor: -2, expected a number"),
         ({"rope_parameters": "default"}, "rope_parameters: 'default', expected an object"),
         ({"rope_theta": "1e6"}, "rope_theta: '1e6', expected a number"),
     ],

@@ -4,7 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GenerationConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers import PreTrainedModel as Peer
 
 from trueline.families.folder import load_decoder, open_folder
@@ -27,6 +41,19 @@ MODELS = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     "glm": (GlmConfig, GlmForCausalLM, {"head_dim": 16, "attention_bias": True}),
     "llama": (LlamaConfig, LlamaForCausalLM, {"head_dim": 8}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+    "qwen3_windows": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {"head_dim": 8, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    ),
+    "glm4": (Glm4Config, Glm4ForCausalLM, {"head_dim": 16}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 5}),
+    "yarn": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
+    ),
 }
 STOP = frozenset(range(3, 120, 9))
 

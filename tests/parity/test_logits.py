@@ -1,5 +1,6 @@
 """Our decoder, loss and folders against transformers', random tiny models and a real one, in float64 to 1e-6."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,18 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Glm4Config,
+    Glm4ForCausalLM,
     GlmConfig,
     GlmForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from trueline.data.sample import Sample
@@ -36,7 +43,39 @@ SIZES = {
     "num_key_value_heads": 2,
     "pad_token_id": 0,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
+    "qwen2_yarn": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": YARN}),
+    "qwen2_yarn_all": (
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        {"rope_parameters": YARN | {"attention_factor": 1.3, "beta_fast": 4, "beta_slow": 2, "truncate": False}},
+    ),
+    "qwen2_windows": (Qwen2Config, Qwen2ForCausalLM, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16}),
+    "qwen3_tied": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8, "tie_word_embeddings": True, "rope_parameters": YARN}),
+    "qwen3_biased": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 16, "attention_bias": True}),
+    "qwen3_windows": (
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        {
+            "head_dim": 16,
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "glm4": (Glm4Config, Glm4ForCausalLM, {"head_dim": 16, "eos_token_id": [95]}),
+    "glm4_unbiased": (Glm4Config, Glm4ForCausalLM, {"head_dim": 8, "attention_bias": False, "eos_token_id": [95]}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 6}),
+    "mistral_whole": (MistralConfig, MistralForCausalLM, {"sliding_window": None, "head_dim": 16, "tie_word_embeddings": True}),
+    "llama_3_1": (
+        LlamaConfig,
+        LlamaForCausalLM,
+        {"head_dim": 16, "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}},
+    ),
+    "llama_linear": (LlamaConfig, LlamaForCausalLM, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2_tied": (Qwen2Config, Qwen2ForCausalLM, {"tie_word_embeddings": True}),
     "glm": (GlmConfig, GlmForCausalLM, {"head_dim": 16, "eos_token_id": [95]}),
@@ -46,6 +85,7 @@ MODELS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama_biased": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "rms_norm_eps": 1e-3}),
     "llama_all_biased": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
 }
+NEWER = ["qwen3", "qwen3_tied", "qwen3_windows", "glm4", "mistral", "llama_3_1"]
 Made = Callable[[str], tuple[Any, Path]]
 
 
@@ -98,6 +138,26 @@ def test_logits_are_theirs_alone_and_packed(made: Made, name: str) -> None:
         torch.testing.assert_close(packed, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_float32_is_theirs_to_rounding(made: Made, name: str) -> None:
+    theirs, folder = made(name)
+    row = sequences(96, (30,))[0]
+    ours = our_logits(load_decoder(open_folder(folder), torch.float32), [row])[0]
+    torch.testing.assert_close(ours, their_logits(theirs, row).float(), rtol=0, atol=1e-5)
+
+
+def test_the_older_spelling_of_scaled_angles_is_the_same(made: Made, tmp_path: Path) -> None:
+    for name in ("qwen2_yarn", "llama_3_1", "llama_linear"):
+        _, folder = made(name)
+        new = open_folder(folder).decoder_config
+        config = json.loads((folder / "config.json").read_text())
+        inner = config.pop("rope_parameters")
+        config["rope_theta"] = inner.pop("rope_theta")
+        config["rope_scaling"] = {"type" if k == "rope_type" else k: v for k, v in inner.items()}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert open_folder(tmp_path).decoder_config == new
+
+
 @pytest.mark.parametrize("copy", ["hf-llama", "hf-qwen2"])
 def test_logits_are_theirs_on_a_real_model(shared: Path, copy: str) -> None:
     folder = shared / "models" / "stories260K" / copy
@@ -115,7 +175,7 @@ def test_logits_are_theirs_on_a_real_model(shared: Path, copy: str) -> None:
         torch.testing.assert_close(found, their_logits(theirs, row), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "glm", "llama"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "glm", "llama", *NEWER])
 def test_loss_and_gradients_are_theirs(made: Made, name: str) -> None:
     theirs, path = made(name)
     folder = open_folder(path)
@@ -142,7 +202,7 @@ def test_loss_and_gradients_are_theirs(made: Made, name: str) -> None:
 
 @pytest.mark.parametrize("shard_bytes", [5e9, 20_000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "glm", "llama_all_biased"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "glm", "llama_all_biased", *NEWER])
 def test_a_folder_of_ours_loads_in_transformers_bit_for_bit(
     made: Made, tmp_path: Path, name: str, dtype: torch.dtype, shard_bytes: float
 ) -> None:
@@ -161,7 +221,7 @@ def test_a_folder_of_ours_loads_in_transformers_bit_for_bit(
     assert fingerprint(again.named_parameters()) == fingerprint(decoder.named_parameters())
 
 
-@pytest.mark.parametrize("name", ["qwen2", "glm", "llama"])
+@pytest.mark.parametrize("name", ["qwen2", "glm", "llama", *NEWER])
 def test_a_folder_of_theirs_and_ours_hold_the_same_names(made: Made, tmp_path: Path, name: str) -> None:
     _, path = made(name)
     folder = open_folder(path)
@@ -170,7 +230,7 @@ def test_a_folder_of_theirs_and_ours_hold_the_same_names(made: Made, tmp_path: P
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "glm", "llama"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen2_tied", "glm", "llama", *NEWER])
 def test_a_reward_model_scores_the_same_in_transformers(made: Made, tmp_path: Path, name: str) -> None:
     _, path = made(name)
     folder = open_folder(path)

@@ -9,6 +9,7 @@ from trueline.config.schema import AdapterConfig
 from trueline.model.adapters import add_adapter
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.layout import Packed
+from trueline.model.rotary import RopeScaling
 from trueline.rollout.packed import PackedDecoder, can_pack
 
 CONFIG = DecoderConfig(vocab_size=70, hidden_size=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, mlp_size=40, init_std=0.3)
@@ -19,6 +20,12 @@ CONFIGS = {
     "llama": replace(CONFIG, qkv_bias=False, tied_embeddings=True, rope_theta=5e5, norm_eps=1e-3),
     "llama_biased": replace(CONFIG, o_bias=True, mlp_bias=True),
     "part_of_half": replace(CONFIG, rope_dim=6),
+    "qwen3": replace(CONFIG, qkv_bias=False, qk_norm=True, norm_eps=1e-3),
+    "glm4_0414": replace(CONFIG, rope="interleaved", rope_dim=4, post_norms=True, norm_eps=1e-3),
+    "interleaved_qk_norm": replace(CONFIG, rope="interleaved", rope_dim=4, qk_norm=True, post_norms=True, norm_eps=1e-3),
+    "yarn": replace(CONFIG, rope_scaling=RopeScaling("yarn", 4.0, 16, 1, 32, 1.2)),
+    "windows": replace(CONFIG, windows=(None, 3)),
+    "still_prefix": replace(CONFIG, prefix_shifts=False),
 }
 ADAPTERS = {
     "base": None,

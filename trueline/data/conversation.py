@@ -9,11 +9,15 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "observation")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `tool` names the tool an assistant's turn calls; `content` then holds its JSON arguments."""
+    """One turn. `tool` names the tool an assistant's turn calls; `content` then holds its JSON arguments.
+
+    An assistant's turn that is not to be `trained` is only read, whatever `data.train_on` says.
+    """
 
     role: Role
     content: str
     tool: str | None = None
+    trained: bool = True
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trueline.data.conversation import Message, Role, role_problems
@@ -46,7 +46,7 @@ def read_turns(value: Any, field: str, note: Note) -> Turns:
 
     A tool call is any of: role function_call with `{"name", "arguments"}` as text, OpenAI's `tool_calls`, GLM's `metadata` with the name,
     or an assistant's content that is exactly such an object and is followed by an observation. An empty system message is left out;
-    `tools` are taken from it.
+    `tools` are taken from it. `"weight": 0` or `"train": false` beside the content: not trained.
     """
     items = _parsed(value)
     if not isinstance(items, list):
@@ -61,6 +61,8 @@ def read_turns(value: Any, field: str, note: Note) -> Turns:
             note(place, f"{kind(item)}, expected an object with role and content")
             continue
         found = _read_message(item, place, note)
+        if not _trained(item, place, note):
+            found = [replace(message, trained=False) for message in found]
         messages += found
         fields += [place] * len(found)
         if item.get("role", item.get("from")) == "system" and not tools:
@@ -68,6 +70,18 @@ def read_turns(value: Any, field: str, note: Note) -> Turns:
     followers = [*messages[1:], None]
     called = [_called(message, follower) for message, follower in zip(messages, followers, strict=False)]
     return Turns(tuple(called), tuple(fields), tools)
+
+
+def _trained(item: dict[str, Any], place: str, note: Note) -> bool:
+    """False where the turn says it is not to be trained: weight 0 (OpenAI's fine-tuning files), or train false."""
+    for key in ("weight", "train"):
+        value = item.get(key)
+        if value is not None and value not in (0, 1):
+            expected = "0 or 1" if key == "weight" else "true or false"
+            note(f"{place}.{key}", f"{json.dumps(value)}, expected {expected}")
+        elif value is not None and not value:
+            return False
+    return True
 
 
 def check_roles(turns: Turns, waiting: bool, note: Note) -> None:
@@ -127,7 +141,8 @@ def _called(message: Message, follower: Message | None) -> Message:
     """The GLM-4 fine-tuning page writes calls as content; only an observation behind it tells that it was one."""
     if message.role != "assistant" or message.tool or follower is None or follower.role != "observation":
         return message
-    return _call(_parsed(message.content)) or message
+    call = _call(_parsed(message.content))
+    return replace(call, trained=message.trained) if call else message
 
 
 def _call(value: Any) -> Message | None:

@@ -100,8 +100,8 @@ def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, l
     out.control("[gMASK]")
     out.control("<sop>")
     if answer is not None:
-        out.text(answer.content, trained=True)
-        out.control("<eop>", trained=True)
+        out.text(answer.content, trained=answer.trained)
+        out.control("<eop>", trained=answer.trained)
     return Sample(out.tokens, out.trained, anchor + 1, anchor)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from trueline.data.conversation import Conversation, Message
 from trueline.errors import RunError, UserError, disk_full
 from trueline.families.family import Encoder, Family, stop_ids
-from trueline.families.folder import SCORE, ModelFolder, weight_slots
+from trueline.families.folder import SCORE, TEMPLATE, ModelFolder, weight_slots
 from trueline.model.decoder import Decoder
 from trueline.model.weights import write_tensors
 
@@ -93,6 +93,10 @@ def _write(
     config = {key: value for key, value in folder.config.items() if key not in DROPPED}
     config["architectures"] = [family.architecture if score is None else family.scorer_architecture]
     config["dtype" if "dtype" in config else "torch_dtype"] = str(decoder.embed.weight.dtype).removeprefix("torch.")
+    if family.template != "auto":
+        config[TEMPLATE] = family.template
+    if config["model_type"] != family.name:
+        config["_name_or_path"] = family.name  # of the four that are called chatglm; nothing else tells two of them apart
     if pad is not None:
         config["pad_token_id"] = pad
     if score is not None:

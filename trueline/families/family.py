@@ -36,7 +36,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family, found by `model_type` in its config.json."""
+    """A model family, found by `model_type` in its config.json (`table.family_of`)."""
 
     name: str
     architecture: str  # transformers' class of the language model
@@ -46,6 +46,7 @@ class Family:
     render: Callable[..., Sample]  # (conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False)
     stop: tuple[str, ...]  # control tokens that end the assistant's turn, those the tokenizer has
     targets: dict[str, str]  # our logical projection -> their module's name, as adapters are written
+    template: str = "auto"  # another family's way to write conversations down (`model.template`)
     head_optional: bool = False  # a folder without a vocabulary head is tied, unless its config.json says otherwise
 
 

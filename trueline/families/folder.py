@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from trueline.errors import UserError
 from trueline.families.family import Family, Weight
-from trueline.families.table import family_of
+from trueline.families.table import family_of, with_template
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.weights import read_shapes, read_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WANTED = ["*.json", "*.safetensors", "merges.txt", "tokenizer.model", "ice_text.model", "chat_template.jinja"]  # never code, never pickles
 SCORE = "score.weight"
+TEMPLATE = "trueline_template"  # key of config.json: the template a model was trained with, where it is not its family's own
 SHOWN = 50  # problems listed one by one
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def resolve(name: str | Path, download: Callable[..., str] = snapshot_download) 
         raise UserError(f"{name}: no such folder here, and no model of that id could be had from the hub ({reason})") from None
 
 
-def open_folder(path: str | Path) -> ModelFolder:
+def open_folder(path: str | Path, template: str = "auto") -> ModelFolder:
     """Reads config.json; an unknown model type, or an option this decoder has not, is refused with what would do."""
     path = Path(path)
     if not path.is_dir():
@@ -73,7 +74,7 @@ def open_folder(path: str | Path) -> ModelFolder:
     config = _read_json(path / "config.json")
     generation = _read_json(path / "generation_config.json") if (path / "generation_config.json").is_file() else {}
     try:
-        family = family_of(config)
+        family = with_template(family_of(config), template if template != "auto" else config.get(TEMPLATE, "auto"))
         if config.get("quantization_config"):
             raise UserError("config.json: quantization_config, but quantised weights are not supported; use the model's unquantised folder")
         decoder_config = family.read_config(config)
@@ -98,7 +99,7 @@ def load_decoder(folder: ModelFolder, dtype: torch.dtype, device: torch.device |
     _check_weights(folder, slots)
     _materialise(decoder, dtype, device)
     slots = weight_slots(decoder, folder.family)
-    spare: Tensor | None = None
+    spare, head = None, _head_name(folder.family)
     with torch.no_grad():
         for name, tensor in read_tensors(folder.path):
             if not tensor.is_floating_point():
@@ -108,11 +109,11 @@ def load_decoder(folder: ModelFolder, dtype: torch.dtype, device: torch.device |
                 parts = weight.split(tensor, decoder.config) if weight.split else [tensor]
                 for parameter, part in zip(parameters, parts, strict=True):
                     parameter.copy_(part)
-            elif name == "lm_head.weight":
+            elif name == head:
                 spare = tensor
     if spare is not None and decoder.head is not None and not torch.equal(spare.to(dtype), decoder.head.weight.cpu()):
         raise UserError(
-            f"{folder.path}: lm_head.weight is not the embedding, but config.json says tie_word_embeddings: true; set it to false"
+            f"{folder.path}: {head} is not the embedding, but config.json says tie_word_embeddings: true; set it to false"
         )
     return decoder
 
@@ -189,19 +190,23 @@ def _check_weights(folder: ModelFolder, slots: dict[str, tuple[Weight, list[nn.P
         wanted[name] = tuple(whole.shape)
     config = folder.decoder_config
     # a trunk alone leaves the head where it is; a tied head may be written out a second time
-    optional: dict[str, tuple[int, ...]] = {"lm_head.weight": (config.vocab_size, config.hidden_size)}
+    optional: dict[str, tuple[int, ...]] = {_head_name(folder.family): (config.vocab_size, config.hidden_size)}
     if folder.kind == "classifier":
         optional |= {SCORE: shapes.get(SCORE, ())}
     problems = [f"{name}: missing" for name in wanted if name not in shapes]
     for name, shape in shapes.items():
         expected = wanted.get(name, optional.get(name))
-        if expected is None and not name.endswith("rotary_emb.inv_freq"):  # a buffer that older files carry
+        if expected is None and not name.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")):  # a buffer that older files carry
             problems.append(f"{name}: no part of this {folder.family.name} model")
         elif expected is not None and shape != expected:
             problems.append(f"{name}: shape {list(shape)}, expected {list(expected)}")
     if problems:
         more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
         raise UserError(f"{folder.path}: the weights are not those config.json describes:", [*problems[:SHOWN], *more])
+
+
+def _head_name(family: Family) -> str:
+    return next(weight.theirs for weight in family.weights if weight.ours == ("head.weight",))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,13 +1,14 @@
-"""GLM-4 (GLM-4-9B-chat-hf). A turn has no end mark of its own: the next role's marker ends it, and is trained as the assistant's stop."""
+"""GLM-4 (GLM-4-9B-chat-hf) and GLM-4-0414. A turn has no end mark: the next role's marker ends it, and is trained as a stop."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trueline.data.conversation import Conversation
+from trueline.data.conversation import Conversation, Message
 from trueline.data.sample import Sample
 from trueline.errors import UserError
 from trueline.families.family import Encoder, Family, Weight
@@ -36,10 +37,14 @@ def join_gate_up(parts: list[Tensor], config: DecoderConfig) -> Tensor:
 
 def read_config(config: dict[str, Any]) -> DecoderConfig:
     """transformers' GlmConfig."""
-    keys = Settings(config, "glm")
+    return _read_config(Settings(config, "glm"), post_norms=False)
+
+
+def _read_config(keys: Settings, post_norms: bool) -> DecoderConfig:
+    """GLM-4's, or GLM-4-0414's (which also norms what each half adds)."""
     hidden = keys.size("hidden_size", 4096)
     heads, kv_heads, head_dim = keys.heads(32, 2, hidden, 128)
-    theta, share = keys.rope(0.5)
+    theta, share, scaling = keys.rope(0.5)
     rope_dim = int(head_dim * share)
     if rope_dim % 2 or not 0 < rope_dim <= head_dim:
         keys.refuse(f"partial_rotary_factor: {share} of head_dim {head_dim} is {rope_dim}, expected an even number of channels of the head")
@@ -55,6 +60,8 @@ def read_config(config: dict[str, Any]) -> DecoderConfig:
         qkv_bias=keys.flag("attention_bias", True),
         rope="interleaved",
         rope_theta=theta,
+        rope_scaling=scaling,
+        post_norms=post_norms,
         rope_dim=rope_dim,
         tied_embeddings=keys.flag("tie_word_embeddings", False),
         init_std=keys.number("initializer_range", 0.02),
@@ -69,15 +76,25 @@ def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, l
     Trained: all of an assistant's message after its marker, and the marker that ends it; after the last message that is `<|observation|>`
     for a tool call, else `<|user|>` (`last_only`: the last turn alone). `open` ends with `<|assistant|>`, and trains nothing.
     """
-    out = Transcript(tokenizer)
+    turns = [m for m in conversation.messages if m.role != "system"]
+    return write_roles(Transcript(tokenizer), "<sop>", list(_system(conversation, IDENTITY + TOOLS_HEADING)), turns, open, last_only)
+
+
+def render_0414(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
+    """GLM-4-0414: the same, but the tools' message introduces nobody."""
+    turns = [m for m in conversation.messages if m.role != "system"]
+    return write_roles(Transcript(tokenizer), "<sop>", list(_system(conversation, TOOLS_HEADING.strip() + "\n")), turns, open, last_only)
+
+
+def write_roles(out: Transcript, start: str, system: list[str], messages: Sequence[Message], open: bool, last_only: bool) -> Sample:
+    """What `render` says, after `[gMASK]` and `start`; `system` are the system messages, `messages` the others."""
     out.control("[gMASK]")
-    out.control("<sop>")
+    out.control(start)
     ends = False  # the marker written next ends a trained message
-    for text in _system(conversation):
+    for text in system:
         out.control("<|system|>")
         out.text("\n")
         out.text(text)
-    messages = [m for m in conversation.messages if m.role != "system"]
     for turn, trained in marked(messages, open, last_only):
         for message in turn:
             out.control(f"<|{message.role}|>", trained=ends)
@@ -92,10 +109,10 @@ def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, l
     return out.sample()
 
 
-def _system(conversation: Conversation) -> Iterator[str]:
+def _system(conversation: Conversation, heading: str) -> Iterator[str]:
     """The system messages: the tools' own, then what the conversation says itself, if anything."""
     if conversation.tools:
-        yield IDENTITY + TOOLS_HEADING + "".join(_tool(tool) for tool in conversation.tools)
+        yield heading + "".join(_tool(tool) for tool in conversation.tools)
     first = conversation.messages[0] if conversation.messages else None
     if first and first.role == "system" and first.content:
         yield first.content
@@ -130,4 +147,26 @@ GLM4 = Family(
     stop=("<|endoftext|>", "<|user|>", "<|observation|>"),
     # one module makes gate and up: an adapter for either is theirs for both halves
     targets={**TARGETS, "gate": "gate_up_proj", "up": "gate_up_proj"},
+)
+
+
+POST_NORMS = tuple(
+    Weight(f"model.layers.{{}}.{theirs}.weight", (f"layers.{{}}.{ours}.weight",))
+    for theirs, ours in (("post_self_attn_layernorm", "attention_post_norm"), ("post_mlp_layernorm", "mlp_post_norm"))
+)
+
+
+def read_config_0414(config: dict[str, Any]) -> DecoderConfig:
+    """transformers' Glm4Config."""
+    return _read_config(Settings(config, "glm4"), post_norms=True)
+
+
+GLM4_0414 = replace(
+    GLM4,
+    name="glm4",
+    architecture="Glm4ForCausalLM",
+    scorer_architecture="Glm4ForSequenceClassification",
+    read_config=read_config_0414,
+    weights=(*EMBEDDING, *GLM4.weights[len(EMBEDDING) : -len(ENDING)], *POST_NORMS, *ENDING),
+    render=render_0414,
 )

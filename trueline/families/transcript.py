@@ -70,9 +70,9 @@ def turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
 
 
 def marked(messages: Sequence[Message], open: bool, last_only: bool) -> Iterator[tuple[tuple[Message, ...], bool]]:
-    """Turns, and whether each is trained: the assistant's, or its last one only; none in a prompt (`open`)."""
+    """Turns, and whether each is trained: the assistant's, or its last one only; none in a prompt (`open`), nor one that says so itself."""
     found = turns(messages)
     spoken = [i for i, turn in enumerate(found) if turn[0].role == "assistant"]
     trained = set() if open else set(spoken[-1:] if last_only else spoken)
     for i, turn in enumerate(found):
-        yield turn, i in trained
+        yield turn, i in trained and all(message.trained for message in turn)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trueline.errors import UserError
+
 SHORT = 512  # queries; below it the CPU's bfloat16 kernel takes as long as the float32 one, 5 times as long with 40 (forward and backward)
 
 
@@ -22,16 +24,21 @@ def packed_attention(
     contexts: tuple[int, ...] = (),
     prefix_keys: Tensor | None = None,
     prefix_values: Tensor | None = None,
+    window: int | None = None,
 ) -> Tensor:
     """Causal attention inside each of several sequences laid end to end.
 
     `q` `[T, H, d]`, `k`, `v` `[T, G, d]` with H a multiple of G; `lengths` sum to T. `contexts`: the first so many tokens of each
-    sequence are seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence. Returns `[T, H, d]`.
+    sequence are seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence.
+    `window`: each token sees so many of the newest, itself and the prefix counted. Returns `[T, H, d]`.
     """
+    front = 0 if prefix_keys is None else len(prefix_keys)
+    if window is not None and window >= front + max(lengths):
+        window = None
     plain = not contexts and prefix_keys is None
     if plain and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and (kernel := varlen_kernel()) is not None:
-        return _varlen(kernel, q, k, v, lengths)
-    if plain:
+        return _varlen(kernel, q, k, v, lengths, window)
+    if plain and window is None:
         return _runs(q, k, v, lengths)
     parts = []
     for i, (q1, k1, v1) in enumerate(zip(*(x.split(lengths) for x in (q, k, v)), strict=True)):
@@ -41,7 +48,9 @@ def packed_attention(
             mask[:, : contexts[i]] = True
         if prefix_keys is not None and prefix_values is not None:
             k1, v1 = torch.cat((prefix_keys.to(k1.dtype), k1)), torch.cat((prefix_values.to(v1.dtype), v1))
-            mask = F.pad(mask, (prefix_keys.shape[0], 0), value=True)
+            mask = F.pad(mask, (front, 0), value=True)
+        if window is not None:
+            mask = mask & torch.ones_like(mask).triu_(front - window + 1)
         q4, k4, v4 = (x.transpose(0, 1)[None] for x in (q1, k1, v1))
         parts.append(_sdpa(q4, k4, v4, mask)[0].transpose(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -91,7 +100,7 @@ def varlen_kernel() -> Callable[..., Tensor] | None:
     return found
 
 
-def _varlen(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _varlen(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
     """Flash attention over the packed axis. Not run on a GPU yet: see docs/not-yet.md.
 
     torch 2.11 has it without grouped heads and with another name for causal, 2.13 with both: look, do not ask for the version.
@@ -99,7 +108,10 @@ def _varlen(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, leng
     known = inspect.signature(kernel).parameters
     ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
     longest = max(lengths)
-    options: dict[str, object] = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if window is not None and "window_size" not in known:
+        raise UserError("this model has sliding windows, which need a newer PyTorch on this device; install torch 2.12 or later")
+    left = -1 if window is None else window - 1
+    options: dict[str, object] = {"window_size": (left, 0)} if "window_size" in known else {"is_causal": True}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in known:
             options["enable_gqa"] = True

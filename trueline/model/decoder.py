@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trueline.data.sample import Blocks
 from trueline.model.layout import Layout, Prefixed
+from trueline.model.rotary import RopeScaling, speeds
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,10 @@ class DecoderConfig:
     residual_scale: float | None = None  # ChatGLM-6B: scale * norm(x) + f(norm(x)) in place of x + f(norm(x))
     blocks: Blocks | None = None  # the tokens that tell a context seen both ways from the answer
     prefix_shifts: bool = True  # P-tuning: the tokens' positions start at the prefix's length, not at 0
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = False  # RMSNorm of each query and key head, before it is turned
+    post_norms: bool = False  # RMSNorm of what each half adds, before it is added
+    windows: tuple[int | None, ...] = ()  # tokens each layer sees, itself included; None sees all, empty: every layer does
     tied_embeddings: bool = False
     init_std: float = 0.02
 
@@ -56,9 +61,9 @@ def rotation(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
         return angles.cos(), angles.sin()
     size = config.rope_dim or config.head_dim
     # the angles are float32 whatever the model's dtype, as every family's own code has them
-    exponents = torch.arange(0, size, 2, dtype=torch.int64, device=positions.device).float() / size
-    angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)
-    return angles.cos()[:, None], angles.sin()[:, None]
+    angles = positions.float()[:, None] * speeds(config.rope_theta, size, config.rope_scaling, positions.device)
+    amplitude = config.rope_scaling.amplitude if config.rope_scaling else 1.0
+    return angles.cos()[:, None] * amplitude, angles.sin()[:, None] * amplitude
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, config: DecoderConfig) -> Tensor:
@@ -125,13 +130,19 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.window = config.windows[layer] if config.windows else None
         self.adapters = nn.ModuleDict()  # role -> projection name -> LowRank
 
     def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None) -> Tensor:
         # -1 heads: under tensor parallelism a rank holds a slice of them
         q, k, v = (project(self, name, x, role).unflatten(-1, (-1, self.config.head_dim)) for name in "qkv")
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *turn, self.config), rotate(k, *turn, self.config)
-        return project(self, "o", layout.attend(self.layer, q, k, v).flatten(1), role)
+        return project(self, "o", layout.attend(self.layer, q, k, v, self.window).flatten(1), role)
 
 
 class MLP(nn.Module):
@@ -165,12 +176,14 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
+        after = [nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if config.post_norms else nn.Identity() for _ in range(2)]
+        self.attention_post_norm, self.mlp_post_norm = after
 
     def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None) -> Tensor:
         seen = self.attention_norm(x)
-        x = self._kept(x, seen) + self.attention(seen, layout, turn, role)
+        x = self._kept(x, seen) + self.attention_post_norm(self.attention(seen, layout, turn, role))
         seen = self.mlp_norm(x)
-        return self._kept(x, seen) + self.mlp(seen, role)
+        return self._kept(x, seen) + self.mlp_post_norm(self.mlp(seen, role))
 
     def _kept(self, x: Tensor, normed: Tensor) -> Tensor:
         return x if self.residual_scale is None else self.residual_scale * normed

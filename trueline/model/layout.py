@@ -17,10 +17,15 @@ class Layout(Protocol):
     def positions(self) -> Tensor:
         """Position of each token in its sequence `[T]` int64; `[2, T]` for rotary embeddings in two dimensions."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention of `q` `[T, H, d]` to `k`, `v` `[T, G, d]` -> `[T, H, d]`; H is a multiple of G."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        """Attention of `q` `[T, H, d]` to `k`, `v` `[T, G, d]` -> `[T, H, d]`; H is a multiple of G.
 
-    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        `window`: a token sees so many of the newest up to itself, a prefix counted with them; None is all.
+        """
+
+    def attend_prefixed(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> Tensor:
         """The same with `keys`, `values` `[P, G, d]` in front of every sequence, seen by all of its tokens."""
 
 
@@ -70,11 +75,13 @@ class Packed:
             positions = block_positions(positions, places.repeat_interleave(torch.tensor(lengths, device=device), dim=0))
         return Packed(tuple(lengths), positions, tuple(contexts) if contexts and any(contexts) else ())
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return packed_attention(q, k, v, self.lengths, self.contexts)
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        return packed_attention(q, k, v, self.lengths, self.contexts, window=window)
 
-    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return packed_attention(q, k, v, self.lengths, self.contexts, keys, values)
+    def attend_prefixed(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> Tensor:
+        return packed_attention(q, k, v, self.lengths, self.contexts, keys, values, window)
 
 
 @dataclass(frozen=True)
@@ -94,8 +101,10 @@ class Prefixed:
     def positions(self) -> Tensor:
         return self.inner.positions + self.keys.shape[1] if self.shifts else self.inner.positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.inner.attend_prefixed(layer, q, k, v, self.keys[layer], self.values[layer])
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+        return self.inner.attend_prefixed(layer, q, k, v, self.keys[layer], self.values[layer], window)
 
-    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend_prefixed(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> Tensor:
         raise TypeError("a layout has one prefix at most")

@@ -20,6 +20,7 @@ class Memory:
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, front: int = 0):
         self.front = front
+        self.windows = set(config.windows) or {None}
         shape = (config.num_layers, 0, config.num_kv_heads, 0, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -80,14 +81,16 @@ class Prefill:
     def positions(self) -> Tensor:
         return self.inner.positions
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         self.memory.write(layer, self.rows, self.columns, k, v)
-        return self.inner.attend(layer, q, k, v)
+        return self.inner.attend(layer, q, k, v, window)
 
-    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend_prefixed(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> Tensor:
         self.memory.write_prefix(layer, self.leaders, keys, values)
         self.memory.write(layer, self.rows, self.columns, k, v)
-        return self.inner.attend_prefixed(layer, q, k, v, keys, values)
+        return self.inner.attend_prefixed(layer, q, k, v, keys, values, window)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class Decode:
     memory: Memory
     rows: Tensor  # 0 .. N - 1
     columns: Tensor  # where each token is stored [N]
-    mask: Tensor  # [N, G, 1, columns read], minus infinity behind each request's newest token
+    masks: dict[int | None, Tensor]  # by window: [N, G, 1, columns read], minus infinity where a request's newest token does not look
     past: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer [N, G, columns read, d], views of the memory
 
     @staticmethod
@@ -110,19 +113,24 @@ class Decode:
         keys = memory.keys
         columns = index + memory.front
         positions = index if places is None else block_positions(index, places)
-        unseen = torch.arange(memory.front + longest, device=keys.device) > columns[:, None]
-        mask = torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
-        # repeated for each head once, for all layers
-        mask = mask[:, None, None].expand(-1, keys.shape[2], -1, -1).contiguous()
+        ahead = torch.arange(memory.front + longest, device=keys.device) - columns[:, None]
+        masks = {}
+        for window in memory.windows:
+            unseen = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
+            mask = torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
+            # repeated for each head once, for all layers
+            masks[window] = mask[:, None, None].expand(-1, keys.shape[2], -1, -1).contiguous()
         views = (part[:, : len(index), :, : memory.front + longest].unbind() for part in (keys, memory.values))
-        return Decode(positions, memory, torch.arange(len(index), device=keys.device), columns, mask, tuple(zip(*views, strict=True)))
+        return Decode(positions, memory, torch.arange(len(index), device=keys.device), columns, masks, tuple(zip(*views, strict=True)))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         self.memory.write(layer, self.rows, self.columns, k, v)
-        return decode_attention(q, *self.past[layer], self.mask)
+        return decode_attention(q, *self.past[layer], self.masks[window])
 
-    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        return self.attend(layer, q, k, v)  # the prompt left the prefix in memory
+    def attend_prefixed(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> Tensor:
+        return self.attend(layer, q, k, v, window)  # the prompt left the prefix in memory
 
 
 @dataclass(frozen=True)
@@ -137,11 +145,14 @@ class Mixed:
     def of(decode: Decode, prefill: Prefill) -> "Mixed":
         return Mixed(decode, prefill, torch.cat((decode.positions, prefill.positions), -1))
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         n = len(self.decode.rows)
-        return torch.cat((self.decode.attend(layer, q[:n], k[:n], v[:n]), self.prefill.attend(layer, q[n:], k[n:], v[n:])))
+        old = self.decode.attend(layer, q[:n], k[:n], v[:n], window)
+        return torch.cat((old, self.prefill.attend(layer, q[n:], k[n:], v[n:], window)))
 
-    def attend_prefixed(self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def attend_prefixed(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
+    ) -> Tensor:
         n = len(self.decode.rows)
-        old = self.decode.attend_prefixed(layer, q[:n], k[:n], v[:n], keys, values)
-        return torch.cat((old, self.prefill.attend_prefixed(layer, q[n:], k[n:], v[n:], keys, values)))
+        old = self.decode.attend_prefixed(layer, q[:n], k[:n], v[:n], keys, values, window)
+        return torch.cat((old, self.prefill.attend_prefixed(layer, q[n:], k[n:], v[n:], keys, values, window)))

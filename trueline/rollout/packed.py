@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from trueline.model.adapters import low_ranks
 from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix
 from trueline.model.layout import Layout, Prefixed
+from trueline.model.rotary import speeds
 
 LARGE, SMALL, STEP = 256, 64, 8  # rows a kernel is called with: it is compiled for each number of rows, in about a millisecond
 
@@ -40,7 +41,8 @@ class PackedDecoder(nn.Module):
         self.end = Scale(config)
         self.head = PackedHead(cast(nn.Linear, decoder.head), cast(nn.RMSNorm, decoder.norm), config)
         size = config.rope_dim or config.head_dim
-        self.speeds = 1.0 / config.rope_theta ** (torch.arange(0, size, 2).float() / size)  # as in decoder.rotation
+        self.speeds = speeds(config.rope_theta, size, config.rope_scaling)
+        self.amplitude = torch.tensor(config.rope_scaling.amplitude if config.rope_scaling else 1.0)
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
         self.prefix = None if prefix is None else (prefix.keys.detach()[..., self.order], prefix.values.detach())
 
@@ -49,7 +51,7 @@ class PackedDecoder(nn.Module):
         if self.prefix is not None:
             layout = Prefixed(layout, *self.prefix, self.config.prefix_shifts)
         angles = layout.positions.float()[:, None, None] * self.speeds
-        turn = torch.polar(torch.ones_like(angles), angles)  # cosine and sine as one complex number
+        turn = torch.polar(self.amplitude.expand_as(angles), angles)  # cosine and sine as one complex number
         x = F.embedding(F.pad(tokens, (0, -len(tokens) % STEP)), self.embed.weight)
         pieces = _pieces(len(x))
         for layer in self.layers:
@@ -63,7 +65,7 @@ class PackedBlock(nn.Module):
     def __init__(self, block: Block, role: str | None, config: DecoderConfig, order: Tensor):
         super().__init__()
         attention, mlp = block.attention, block.mlp
-        self.layer, self.head_dim = attention.layer, config.head_dim
+        self.layer, self.head_dim, self.window, self.eps = attention.layer, config.head_dim, attention.window, config.norm_eps
         heads, groups = config.num_heads, config.num_kv_heads
         self.split = [heads, groups, groups]
         merged = _merged(attention, role) | _merged(mlp, role)
@@ -77,12 +79,21 @@ class PackedBlock(nn.Module):
         self.gate = _pack(merged["gate"][0] * after), merged["gate"][1]
         self.up = _pack(merged["up"][0] * after), merged["up"][1]
         self.down = _pack(merged["down"][0]), merged["down"][1]
+        self.head_norms: Tensor | None = None  # [H + G, d]: a query's or key's own norm
+        if config.qk_norm:
+            norms = ((attention.q_norm, heads), (attention.k_norm, groups))
+            self.head_norms = torch.cat([norm.weight.detach()[order].expand(count, -1) for norm, count in norms])
+        self.post_norms = (block.attention_post_norm, block.mlp_post_norm) if config.post_norms else None
 
     def forward(self, x: Tensor, layout: Layout, turn: Tensor, pieces: list[int]) -> Tensor:
         heads = _by_pieces(self._before, pieces, x).unflatten(-1, (-1, self.head_dim))[: len(turn)]
-        turned = torch.view_as_complex(heads[:, : sum(self.split[:2])].unflatten(-1, (-1, 2)))
+        turning = heads[:, : sum(self.split[:2])]
+        if self.head_norms is not None:
+            turning.copy_(F.rms_norm(turning, (self.head_dim,), eps=self.eps).mul_(self.head_norms))
+        turned = torch.view_as_complex(turning.unflatten(-1, (-1, 2)))
         turned[..., : turn.shape[-1]] *= turn
-        seen = layout.attend(self.layer, *heads.split(self.split, dim=1)).flatten(1)
+        q, k, v = heads.split(self.split, dim=1)
+        seen = layout.attend(self.layer, q, k, v, self.window).flatten(1)
         if len(seen) < len(x):
             seen = F.pad(seen, (0, 0, 0, len(x) - len(seen)))
         return _by_pieces(self._after, pieces, seen, x)
@@ -91,16 +102,18 @@ class PackedBlock(nn.Module):
         return _linear(self.scale(x), *self.qkv)
 
     def _after(self, seen: Tensor, x: Tensor) -> Tensor:
-        x = _linear_with(seen, x, *self.o, "add")
+        x = _linear_with(seen, x, *self.o, "add") if self.post_norms is None else x + self.post_norms[0](_linear(seen, *self.o))
         scaled = self.scale(x)
         product = _linear_with(scaled, _linear(scaled, *self.gate, "swish"), *self.up, "mul")
-        return _linear_with(product, x, *self.down, "add")
+        if self.post_norms is None:
+            return _linear_with(product, x, *self.down, "add")
+        return x + self.post_norms[1](_linear(product, *self.down))
 
 
 class PackedHead(nn.Module):
     """`Decoder.head` after the final norm."""
 
-    def __init__(self, head: nn.Linear, norm: nn.RMSNorm, config: DecoderConfig):
+    def __init__(self, head: nn.Linear, norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig):
         super().__init__()
         self.weight = _pack(head.weight * Scale(config).weight(norm))
 
@@ -119,7 +132,7 @@ class Scale:
     def __call__(self, x: Tensor) -> Tensor:
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
 
-    def weight(self, norm: nn.RMSNorm) -> Tensor:
+    def weight(self, norm: nn.RMSNorm | nn.LayerNorm) -> Tensor:
         return norm.weight.detach() * self.root
 
 
