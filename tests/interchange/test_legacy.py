@@ -158,7 +158,8 @@ def ppo_files(tmp_path: Path) -> list[Path]:
     keys += "    gamma: float = 0.9\n    lam: float = 0.95\n    cliprange: float = 0.3  # a remark\n    pretrain_coef: float = 0.9\n"
     keys += "    lr: float = 9.0e-6\n    start_lr: float = 8e-6\n    end_lr: float = 8e-7\n    warmup_step: int = 3200\n"
     keys += "    decay_steps: int = 200000\n"
-    keys += "    weight_decay: float = 0.01\n    is_shared_backbone: bool = True\n    init_kl_coef: float = 0.1\n    save_ckpt_dir: str = './out'\n"
+    keys += "    weight_decay: float = 0.01\n    is_shared_backbone: bool = True\n    init_kl_coef: float = 0.1\n"
+    keys += "    save_ckpt_dir: str = './out'\n"
     return [predict, train, written(tmp_path / "ppo_configs.py", keys)]
 
 
