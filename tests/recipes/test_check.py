@@ -121,7 +121,7 @@ def test_every_problem_of_every_file_at_the_end(tmp_path: Path, capsys: pytest.C
     with pytest.raises(UserError) as caught:
         check([first, second, third, str(tmp_path / "none.json")], None, None)
     assert len(caught.value.problems) == 62
-    assert caught.value.problems[0] == f"{first}:2: output: missing, expected text"
+    assert caught.value.problems[0] == f"{first}:2:1: output: missing, expected text"
     assert caught.value.problems[60] == f"{second}: no records, expected at least one"
     printed = capsys.readouterr().out
     assert f"{first}: schema alpaca, 1 conversation\n  60 problems, listed at the end\n" in printed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trueline.data.conversation import Message, Role, role_problems
-from trueline.data.reader import kind
+from trueline.data.record import kind
 
 Note = Callable[[str, str], None]
 """Takes a problem: the field ("messages[2].content"), and what was found and expected."""

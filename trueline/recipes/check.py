@@ -14,9 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from trueline.data.conversation import ROLES, Conversation, Message, Preference, Prompt
-from trueline.data.formats import Located, Use, equal_note, load_file
-from trueline.data.reader import Problems
+from trueline.data.formats import Located, equal_note, load_file
+from trueline.data.record import Problems
 from trueline.data.sample import Sample
+from trueline.data.schemas import Use
 from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from trueline.errors import UserError
 from trueline.families.family import Family
