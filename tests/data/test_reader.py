@@ -111,7 +111,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         "noise.parquet": "not a readable Parquet file",
         "array.jsonl": "an array, expected one object a line",
     }
-    for name, content in [("empty.jsonl", ""), ("blank.json", " \n"), ("x.txt", GOOD), ("x.jsonl.gz", GOOD), ("y.parquet.gz", "x"), ("noise.parquet", "PAR1 no")]:
+    contents = {"empty.jsonl": "", "blank.json": " \n", "x.txt": GOOD, "x.jsonl.gz": GOOD, "y.parquet.gz": "x", "noise.parquet": "PAR1 no"}
+    for name, content in contents.items():
         write(tmp_path, name, content)
     write(tmp_path, "array.jsonl", f"[\n{GOOD}\n]")
     problems = Problems()

@@ -13,7 +13,8 @@ from trueline.data.sample import Sample
 from trueline.data.tokenizer import load_tokenizer
 from trueline.errors import UserError
 from trueline.families.qwen2 import QWEN2
-from trueline.recipes.check import check, coloured, visible
+from trueline.recipes.check import check
+from trueline.recipes.show import coloured, visible
 
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 

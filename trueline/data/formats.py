@@ -13,7 +13,7 @@ from trueline.data.files import find_files
 from trueline.data.messages import Note, check_roles
 from trueline.data.reader import read_records
 from trueline.data.record import Problems, Record
-from trueline.data.schemas import SCHEMAS, Example, Schema, Use
+from trueline.data.schemas import FOREIGN, SCHEMAS, Example, Schema, Use
 from trueline.errors import UserError
 
 T = TypeVar("T")
@@ -24,10 +24,16 @@ _WANTED: dict[Use, str] = {
 }
 @dataclass(frozen=True)
 class Located(Generic[T]):
-    """A value and the record it came from, as "file:line"."""
+    """A value and the record it came from: its file, and its line there (Parquet: its row)."""
 
     value: T
-    where: str
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        """`file:line`."""
+        return f"{self.file}:{self.line}"
 
 
 def iter_conversations(paths: Sequence[str], format: str = "auto", problems: Problems | None = None) -> Iterator[Located[Conversation]]:
@@ -82,24 +88,36 @@ def load_prompts(paths: Sequence[str], format: str = "auto") -> list[Located[Pro
     return list(iter_prompts(paths, format))
 
 
-def load_file(path: str, format: str, problems: Problems, equal: list[str]) -> tuple[str, Use, list[Located[Any]]]:
-    """One file for what its schema is made for: `(schema, use, values)`; values are conversations, preferences or prompts by use.
+class FileValues(Generic[T]):
+    """One file's values for what its schema is made for, to be iterated over once: conversations, preferences or prompts by `use`.
 
-    Problems go to `problems`, places of pairs that are left out to `equal`. The schema is "unknown" when no record could tell it.
+    Problems go to `problems`, places of pairs that are left out to `equal`. `schema` and `use` are known from the first value on;
+    the schema is "unknown" when no record could tell it.
     """
-    converters: dict[Use, Callable[[Record, Example, Note], Iterator[Any]]] = {
-        "answer": _conversation,
-        "pair": partial(_preferences, best_only=False, equal=equal),
-        "prompt": _prompt,
-    }
-    name: str = "unknown"
-    use: Use = "answer"
-    found: list[Located[Any]] = []
-    for record, schema_name, schema in _recognised(path, format, problems):
-        if name == "unknown":
-            name, use = schema_name, _natural_use(schema, record.value)
-        found += _convert(record, schema, use, converters[use], problems)
-    return name, use, found
+
+    def __init__(self, path: str, format: str, problems: Problems, equal: list[str]):
+        self.schema: str = "unknown"
+        self.use: Use = "answer"
+        self._records = _recognised(path, format, problems)
+        self._problems = problems
+        self._converters: dict[Use, Callable[[Record, Example, Note], Iterator[Any]]] = {
+            "answer": _conversation,
+            "pair": partial(_preferences, best_only=False, equal=equal),
+            "prompt": _prompt,
+        }
+
+    def __iter__(self) -> Iterator[Located[T]]:
+        for record, name, schema in self._records:
+            if self.schema == "unknown":
+                self.schema, self.use = name, _natural_use(schema, record.value)
+            yield from _convert(record, schema, self.use, self._converters[self.use], self._problems)
+
+
+def load_file(path: str, format: str, problems: Problems, equal: list[str]) -> tuple[str, Use, list[Located[Any]]]:
+    """`FileValues` as `(schema, use, values)`."""
+    values = FileValues[Any](path, format, problems, equal)
+    found = list(values)
+    return values.schema, values.use, found
 
 
 def equal_note(equal: list[str]) -> str:
@@ -145,13 +163,15 @@ def _recognised(path: str, format: str, problems: Problems) -> Iterator[tuple[Re
         if name is None:
             more += strange is not None
             strange = strange or record
+            problems.mark((record.file, record.line, record.column))
         else:
             yield record, name, SCHEMAS[name]
     if strange is not None:
         fields = ", ".join(list(strange.value)[:8]) or "none"
+        hint = next((f"{sentence}; " for name, sentence in FOREIGN.items() if name in strange.value), "")
         known = " | ".join(schema.fields for schema in SCHEMAS.values())
         follow = f" ({more} more such records follow)" if more else ""
-        problems.add(strange.place(""), f"fields {fields}{follow}, expected those of a known schema: {known}", "record")
+        problems.add(strange.place(""), f"fields {fields}{follow}, {hint}expected those of a known schema: {known}", "record")
 
 
 def _convert(
@@ -166,7 +186,7 @@ def _convert(
     if problems.count > before:  # the role rules say nothing useful about a record of which half is missing
         return []
     found = list(convert(record, example, note))
-    return [] if problems.count > before else [Located(value, record.where()) for value in found]
+    return [] if problems.count > before else [Located(value, record.file, record.line) for value in found]
 
 
 def _conversation(record: Record, example: Example, note: Note) -> Iterator[Conversation]:

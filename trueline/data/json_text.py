@@ -73,9 +73,12 @@ def parse(text: str, position: int) -> tuple[Any, int]:
 
 
 def _keys(value: Any) -> int:
-    if isinstance(value, dict):
-        return len(value) + sum(_keys(item) for item in value.values() if isinstance(item, (dict, list)))
-    return sum(_keys(item) for item in value if isinstance(item, (dict, list))) if isinstance(value, list) else 0
+    count = len(value) if isinstance(value, dict) else 0
+    if isinstance(value, (dict, list)):
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, (dict, list)):
+                count += _keys(item)
+    return count
 
 
 def _parse_carefully(text: str, position: int) -> tuple[Any, int]:

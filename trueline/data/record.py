@@ -57,6 +57,11 @@ class Problems:
             if record is not None:
                 self.records.add(record)
 
+    def mark(self, record: tuple[str, int, int]) -> None:
+        """One more record that is bad for a reason already told."""
+        if self.told is not None:
+            self.records.add(record)
+
     def listed(self) -> list[str]:
         """The sentences held, and how many more there are."""
         more = self.count - len(self.lines)

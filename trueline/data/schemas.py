@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 from trueline.data.conversation import Message
-from trueline.data.messages import Note, Turns, read_tools, read_turns
+from trueline.data.messages import Note, Turns, parsed, read_tools, read_turns
 from trueline.data.record import kind
 
 Use = Literal["answer", "pair", "prompt"]
@@ -50,7 +50,7 @@ def _text(record: dict[str, Any], name: str, note: Note, optional: bool = False)
 def _with_tools(turns: Turns, record: dict[str, Any], note: Note) -> Turns:
     """The record's own `system` and `tools`, where its messages bring none."""
     tools = turns.tools or read_tools(record.get("tools"), "tools", note)
-    system = _text(record, "system", note, optional=True)
+    system = _text(record, "system", note, optional=True) if "system" in record else ""
     if not system.strip() or (turns.messages and turns.messages[0].role == "system"):
         return Turns(turns.messages, turns.fields, tools)
     return Turns((Message("system", system), *turns.messages), ("system", *turns.fields), tools)
@@ -59,7 +59,7 @@ def _with_tools(turns: Turns, record: dict[str, Any], note: Note) -> Turns:
 def _single(record: dict[str, Any], query: str, field: str, note: Note) -> Turns:
     """A query after the `history` of [user, assistant] pairs, if there is one."""
     turns = Turns()
-    history = record.get("history")
+    history = parsed(record.get("history"))
     if history is not None and not isinstance(history, list):
         note("history", f"{kind(history)}, expected a list of [user, assistant] pairs")
         history = None
@@ -116,12 +116,16 @@ def _read_list(record: dict[str, Any], use: Use, note: Note, name: str) -> Examp
     if name not in record:
         note(name, "missing, expected a list of messages")
         return Example(Turns())
+    if use == "answer" and record.get("label") is False:
+        note("label", "false, so an answer not to learn from, expected only good ones; leave the record out")
     return Example(_with_tools(read_turns(record[name], name, note), record, note))
 
 
 def _read_columns(record: dict[str, Any], use: Use, note: Note) -> Example:
     """The pair of names that fits best; a query without its answer says more than an answer without its query."""
-    query, answer = max(COLUMNS, key=lambda names: 3 * (names[0] in record) + 2 * (names[1] in record))
+    query, answer = next((names for names in COLUMNS if names[0] in record and names[1] in record), COLUMNS[0])
+    if query not in record or answer not in record:
+        query, answer = max(COLUMNS, key=lambda names: 3 * (names[0] in record) + 2 * (names[1] in record))
     if query in record and (answer in record or use == "prompt"):
         return Example(_single(record, _text(record, query, note), query, note), _answers(record, use, note, answer))
     if query not in record:
@@ -186,7 +190,21 @@ def _side(record: dict[str, Any], name: str, note: Note) -> Turns:
     return turns
 
 
-COLUMNS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("content", "summary"), ("query", "response"))
+COLUMNS = (
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("question", "answer"),
+    ("content", "summary"),
+    ("query", "response"),
+    ("input", "golden"),
+    ("original_text", "ans"),
+)
+FOREIGN = {
+    "text": "plain text has no questions and answers to learn from",
+    "Golden_Answers": "ToolAlpaca's tests hold instructions and expected calls, no conversations",
+    "tokens": "these are token numbers, expected text",
+}
+"""What to say about records of which no schema can be made, by the field that tells."""
 _BOTH: tuple[Use, ...] = ("answer", "prompt")
 _ALL: tuple[Use, ...] = ("pair", "answer", "prompt")
 
@@ -210,7 +228,7 @@ SCHEMAS: dict[str, Schema] = {
     "alpaca": Schema("instruction, input, output", _any_of("instruction", "output"), _BOTH, _read_alpaca),
     "columns": Schema(
         " or ".join(", ".join(names) for names in COLUMNS),
-        _any_of("response", "completion", "question", "answer", "content", "summary", "query"),
+        _any_of("response", "completion", "question", "answer", "content", "summary", "query", "golden", "original_text"),
         _BOTH,
         _read_columns,
     ),
