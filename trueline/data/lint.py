@@ -151,8 +151,10 @@ def script(text: str) -> str:
     head = text[:LOOKED_AT]
     if head.isascii():
         return "Latin" if len(_LETTERS.findall(head, 0, 40)) >= FEWEST_LETTERS else ""
-    if len(SCRIPTS["Han"].findall(head)) >= max(FEWEST_LETTERS, 0.6 * len(head)):
-        return "Han"
+    if not SCRIPTS["kana"].search(head):
+        chinese = len(SCRIPTS["Han"].findall(head))
+        if chinese >= max(FEWEST_LETTERS, len(head) / 2):
+            return "Han"
     counts = {name: len(letters.findall(head)) for name, letters in SCRIPTS.items()}
     name = max(counts, key=lambda name: counts[name])
     return name if counts[name] >= FEWEST_LETTERS and counts[name] > 0.6 * sum(counts.values()) else ""

@@ -105,17 +105,18 @@ def _judge(path: str, draft: Path, lines: list[int], format: str) -> tuple[set[i
 
 
 def _divide(path: str, draft: Path, bad: set[int], kept: Path | None, aside: Path | None, fixes: Counter[str]) -> None:
-    with draft.open("rb") as file:
-        lines = list(enumerate(file))
+    """Writes the draft's good lines to `kept`, and to `aside` the originals of the others (the drafts, where a line held several records)."""
     if kept is not None:
-        _publish(kept, (line for i, line in lines if i not in bad))
+        with draft.open("rb") as file:
+            _publish(kept, (line for i, line in enumerate(file) if i not in bad))
     if aside is None:
         return
-    if sum(1 for _ in _raw_records(path, Counter())) == len(lines):  # no record was split: the originals stand in the same order
+    if fixes["several records on one line"]:
+        with draft.open("rb") as file:
+            _publish(aside, (line for i, line in enumerate(file) if i in bad))
+    else:
         raws = (raw.encode("utf-8", "surrogateescape") + b"\n" for i, (_, raw) in enumerate(_raw_records(path, Counter())) if i in bad)
         _publish(aside, raws)
-    else:
-        _publish(aside, (line for i, line in lines if i in bad))
 
 
 def _publish(path: Path, lines: Any) -> None:
