@@ -124,13 +124,16 @@ def export(
 
 @app.command()
 def check(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Data files: .json, .jsonl or .parquet.", show_default=False)],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Data files, folders or patterns.", show_default=False)],
     model: Annotated[str | None, typer.Option(metavar="DIR", help="Also render with this model's template and tokenizer.")] = None,
     show: Annotated[int | None, typer.Option(metavar="N", min=1, help="Show record N: its tokens, and which of them are trained.")] = None,
     format: Annotated[str, typer.Option(metavar="NAME", help="Schema of the files, when it should not be recognised.")] = "auto",
+    fix: Annotated[str | None, typer.Option(metavar="OUT", help="Write corrected copies there (a folder or a .jsonl file).")] = None,
+    quarantine: Annotated[str | None, typer.Option(metavar="DIR", help="Copy bad records there, and why they are bad.")] = None,
+    html: Annotated[str | None, typer.Option(metavar="FILE", help="With --show: also write the record as a page.")] = None,
 ) -> None:
     """Validate data files."""
-    _recipe("check").check(files, model, show, format)
+    _recipe("check").check(files, model, show, format, fix, quarantine, html)
 
 
 @app.command("import")
@@ -237,7 +240,7 @@ def _suggestion(argument: str) -> str:
     near = [name for name in names if Path(name).stem == path.name] or get_close_matches(path.name, names, 1)
     if near:
         return f" (did you mean {folder / near[0]}?)"
-    if path.suffix in (".json", ".jsonl", ".parquet"):
+    if path.suffix in (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz"):
         return f" (did you mean data.train={argument}?)"
     return f" (did you mean {argument}=VALUE?)" if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", argument) else ""
 

@@ -88,7 +88,7 @@ def test_the_same_in_an_array_with_the_place_in_the_file(tmp_path: Path, line: s
     ("value", "found"), [("[1]", "a list"), ('"x"', "text"), ("3", "a number"), ("null", "null"), ("true", "true or false")]
 )
 def test_a_record_must_be_an_object(tmp_path: Path, value: str, found: str) -> None:
-    sentence = f":2: record: {found}, expected an object"
+    sentence = f":2:1: record: {found}, expected an object"
     assert read(write(tmp_path, "x.jsonl", f"{GOOD}\n{value}\n")) == ([(1, {"a": "一"})], [sentence])
     assert read(write(tmp_path, "x.json", f"[{GOOD},\n{value}]")) == ([(1, {"a": "一"})], [sentence])
 
@@ -103,15 +103,16 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     cases = {
         "missing.json": "no such file, expected",
-        "folder.json": "a folder, expected a file",
+        "folder.json": "a folder without data files",
         "empty.jsonl": "empty file, expected at least one record",
         "blank.json": "only white space, expected at least one record",
-        "x.txt": "file name ends in .txt, expected .json, .jsonl or .parquet",
-        "x.jsonl.gz": "file name ends in .gz",
+        "x.txt": "file name ends in .txt, expected .json, .jsonl, .csv",
+        "x.jsonl.gz": "cannot be read (Not a gzipped file", "y.parquet.gz": "file name ends in .gz",
         "noise.parquet": "not a readable Parquet file",
         "array.jsonl": "an array, expected one object a line",
     }
-    for name, content in [("empty.jsonl", ""), ("blank.json", " \n"), ("x.txt", GOOD), ("x.jsonl.gz", GOOD), ("noise.parquet", "PAR1 no")]:
+    contents = {"empty.jsonl": "", "blank.json": " \n", "x.txt": GOOD, "x.jsonl.gz": GOOD, "y.parquet.gz": "x", "noise.parquet": "PAR1 no"}
+    for name, content in contents.items():
         write(tmp_path, name, content)
     write(tmp_path, "array.jsonl", f"[\n{GOOD}\n]")
     problems = Problems()
@@ -151,7 +152,7 @@ def test_broken_arrays(tmp_path: Path, text: str, place: str, sentence: str) -> 
 
 def test_lines_in_a_json_file_go_on_after_a_broken_one(tmp_path: Path) -> None:
     found, problems = read(write(tmp_path, "x.json", f'{GOOD}\n{{"a": \n{GOOD}\n{{"a":\n 2}}\n'))
-    assert [line for line, _ in found] == [1, 4]
+    assert [line for line, _ in found] == [1, 3, 4]
     assert len(problems) == 1 and problems[0].startswith(":4:1: ")  # the broken one took line 3 as its value
 
 

@@ -34,9 +34,10 @@ ASPECTS = (
 )
 NOTES = (
     "Each cell: the largest absolute difference the tests of `tests/parity/` saw, by number format, and how many of them passed. The",
-    "other side is transformers (its own classes and chat templates), PEFT, tiktoken and sentencepiece; for ChatGLM-6B, ChatGLM2 and GLM-4 in its",
-    "original layout what the authors' own code returned, and for sizes of which there is no such record a second implementation in the",
-    "tests that was held to it. *equal*: to the last bit. Skipped tests need reference material that is not part of the project.",
+    "other side is transformers (its own classes and chat templates), PEFT, tiktoken and sentencepiece; for ChatGLM-6B, ChatGLM2 and",
+    "GLM-4 in its original layout what the authors' own code returned, and for sizes of which there is no such record a second",
+    "implementation in the tests that was held to it. *equal*: to the last bit. Skipped tests need reference material that is not part",
+    "of the project.",
 )
 COLUMNS = ("logits", "loss and gradients", "greedy", "rendering", "adapters", "export")
 

@@ -13,7 +13,8 @@ from trueline.data.sample import Sample
 from trueline.data.tokenizer import load_tokenizer
 from trueline.errors import UserError
 from trueline.families.qwen2 import QWEN2
-from trueline.recipes.check import check, coloured, visible
+from trueline.recipes.check import check
+from trueline.recipes.show import coloured, visible
 
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -121,7 +122,7 @@ def test_every_problem_of_every_file_at_the_end(tmp_path: Path, capsys: pytest.C
     with pytest.raises(UserError) as caught:
         check([first, second, third, str(tmp_path / "none.json")], None, None)
     assert len(caught.value.problems) == 62
-    assert caught.value.problems[0] == f"{first}:2: output: missing, expected text"
+    assert caught.value.problems[0] == f"{first}:2:1: output: missing, expected text"
     assert caught.value.problems[60] == f"{second}: no records, expected at least one"
     printed = capsys.readouterr().out
     assert f"{first}: schema alpaca, 1 conversation\n  60 problems, listed at the end\n" in printed

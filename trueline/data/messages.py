@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from trueline.data.conversation import Message, Role, role_problems
-from trueline.data.reader import kind
+from trueline.data.record import kind
 
 Note = Callable[[str, str], None]
 """Takes a problem: the field ("messages[2].content"), and what was found and expected."""
@@ -48,7 +48,7 @@ def read_turns(value: Any, field: str, note: Note) -> Turns:
     or an assistant's content that is exactly such an object and is followed by an observation. An empty system message is left out;
     `tools` are taken from it. `"weight": 0` or `"train": false` beside the content: not trained.
     """
-    items = _parsed(value)
+    items = parsed(value)
     if not isinstance(items, list):
         note(field, f"{kind(value)}, expected a list of messages")
         return Turns()
@@ -105,6 +105,9 @@ def _read_message(item: dict[str, Any], place: str, note: Note) -> list[Message]
     if content_key not in item:
         note(f"{place}.{content_key}", "missing, expected text")
         return []
+    calls = _call_blocks(item[content_key], f"{place}.{content_key}", note) if role == "assistant" else []
+    if calls:
+        return calls
     content = _content(item[content_key], f"{place}.{content_key}", note)
     if content is None or role is None:
         return []
@@ -120,7 +123,10 @@ def _read_message(item: dict[str, Any], place: str, note: Note) -> list[Message]
 
 
 def _content(value: Any, field: str, note: Note) -> str | None:
-    """Text, or the texts of a list of `{"type": "text"}` blocks one after the other."""
+    """Text, or the texts of a list of `{"type": "text"}` blocks one after the other.
+
+    Blocks of type reasoning are left out: the templates we render have no place for them.
+    """
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -128,6 +134,8 @@ def _content(value: Any, field: str, note: Note) -> str | None:
         return None
     texts: list[str] = []
     for i, block in enumerate(value):
+        if isinstance(block, dict) and block.get("type") == "reasoning":
+            continue
         found = block.get("text", block.get("value")) if isinstance(block, dict) and block.get("type") == "text" else None
         if not isinstance(found, str):
             what = f"block of type {block.get('type')}" if isinstance(block, dict) else kind(block)
@@ -137,11 +145,24 @@ def _content(value: Any, field: str, note: Note) -> str | None:
     return "".join(texts)
 
 
+def _call_blocks(value: Any, field: str, note: Note) -> list[Message]:
+    """The calls of a list of `{"type": "tool_call", "value": ...}` blocks; text beside them is refused."""
+    blocks = value if isinstance(value, list) else []
+    calls = [(i, b) for i, b in enumerate(blocks) if isinstance(b, dict) and b.get("type") == "tool_call"]
+    if calls and any(isinstance(b, dict) and b.get("type") == "text" for b in blocks):
+        note(field, "text beside tool calls, expected one of the two")
+    found: list[Message] = []
+    for i, block in calls:
+        text = block.get("value", block.get("text"))
+        found += _calls(text if isinstance(text, str) else json.dumps(text), f"{field}[{i}]", note)
+    return found
+
+
 def _called(message: Message, follower: Message | None) -> Message:
     """The GLM-4 fine-tuning page writes calls as content; only an observation behind it tells that it was one."""
     if message.role != "assistant" or message.tool or follower is None or follower.role != "observation":
         return message
-    call = _call(_parsed(message.content))
+    call = _call(parsed(message.content))
     return replace(call, trained=message.trained) if call else message
 
 
@@ -149,13 +170,13 @@ def _call(value: Any) -> Message | None:
     """`{"name": ..., "arguments": {...}}` as the assistant's call; arguments may be JSON text."""
     if not isinstance(value, dict) or set(value) != {"name", "arguments"} or not isinstance(value["name"], str) or not value["name"]:
         return None
-    arguments = _parsed(value["arguments"])
+    arguments = parsed(value["arguments"])
     return Message("assistant", json.dumps(arguments, ensure_ascii=False), value["name"]) if isinstance(arguments, dict) else None
 
 
 def _calls(content: str, field: str, note: Note) -> list[Message]:
     """A call, or a list of calls, as JSON text."""
-    value = _parsed(content)
+    value = parsed(content)
     found = [_call(item) for item in (value if isinstance(value, list) and value else [value])]
     if None in found:
         note(field, 'not a tool call, expected JSON {"name": ..., "arguments": {...}}')
@@ -176,7 +197,7 @@ def _openai_calls(value: Any, field: str, note: Note) -> list[Message]:
 
 def read_tools(value: Any, field: str, note: Note) -> tuple[dict[str, Any], ...]:
     """Tools as a list or as its JSON text; a bare `{"name", ...}` is wrapped as `{"type": "function", "function": ...}`."""
-    tools = _parsed(value)
+    tools = parsed(value)
     if tools is None or tools == "":
         return ()
     if not isinstance(tools, list):
@@ -204,7 +225,7 @@ def _without_null_properties(schema: Any) -> Any:
     return kept
 
 
-def _parsed(value: Any) -> Any:
+def parsed(value: Any) -> Any:
     """JSON text as its value; anything else, and text that is no JSON, as it is."""
     if not isinstance(value, str):
         return value

@@ -1,240 +1,236 @@
 """`trueline check`: what is in data files, everything that is wrong with them, and one record as the model will see it.
 
-Left out: repairing files, judging the quality of answers.
+Left out: judging the quality of answers.
 """
 
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trueline.data.conversation import ROLES, Conversation, Message, Preference, Prompt
-from trueline.data.formats import Located, Use, equal_note, load_file
-from trueline.data.reader import Problems
-from trueline.data.sample import Sample
-from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from trueline.data.conversation import ROLES
+from trueline.data.files import PACKED, find_files, suffix
+from trueline.data.formats import FileValues, Located, equal_note
+from trueline.data.lint import Findings, Lengths, Places, Value, find_repeats
+from trueline.data.record import Problems
+from trueline.data.repair import repair
+from trueline.data.schemas import Use
 from trueline.errors import UserError
-from trueline.families.family import Family
-from trueline.families.folder import open_folder, resolve
-from trueline.families.peft import adapter_base, is_adapter
+from trueline.recipes.show import Renderer, open_renderer, print_record, visible, write_page
 
 USES: dict[Use, str] = {"answer": "conversation", "pair": "pair", "prompt": "prompt"}
-COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "observation": "yellow"}
+LISTED = 10_000
+"""Problems that are shown; more are counted."""
+LONGER_WINS = 0.65
+"""Share of pairs whose chosen answer is the longer one, from which on that is said in yellow."""
+WARNINGS = {
+    "control": "text that looks like a control token; it is encoded as plain text",
+    "short": "an answer that says next to nothing",
+    "script": "an answer in another script than its prompt",
+}
 
 
-@dataclass(frozen=True)
-class Contents:
-    """What one file holds."""
+class Shown:
+    """The record that `--show` asked for, caught while the values pass by."""
 
-    path: str
-    schema: str
-    use: Use
-    values: list[Located[Any]]
+    def __init__(self, number: int | None):
+        self.number = number
+        self.passed = 0
+        self.located: Located[Value] | None = None
 
-
-@dataclass(frozen=True)
-class Renderer:
-    """How a model writes conversations down."""
-
-    family: Family
-    tokenizer: Tokenizer
-
-    def samples(self, value: Conversation | Preference | Prompt) -> dict[str, Sample]:
-        """A value as training sees it, by the name of its part."""
-        if isinstance(value, Conversation):
-            return {"conversation": self.family.render(value, self.tokenizer)}
-        if isinstance(value, Prompt):
-            return {"prompt": self.family.render(value.conversation, self.tokenizer, open=True)}
-        whole = {name: replace(value.prompt, messages=(*value.prompt.messages, getattr(value, name))) for name in ("chosen", "rejected")}
-        return {name: self.family.render(conversation, self.tokenizer, last_only=True) for name, conversation in whole.items()}
-
-    def serving(self, value: Conversation | Preference | Prompt) -> Sample:
-        """The prompt of the last answer as generation sees it."""
-        return self.family.render(_prompt_of(value), self.tokenizer, open=True)
+    def look_at(self, located: Located[Value]) -> None:
+        """Keeps the value if it is the one."""
+        self.passed += 1
+        if self.passed == self.number:
+            self.located = located
 
 
-def check(files: list[str], model: str | None, show: int | None, format: str = "auto") -> int:
+def check(
+    files: list[str],
+    model: str | None,
+    show: int | None,
+    format: str = "auto",
+    fix: str | None = None,
+    quarantine: str | None = None,
+    html: str | None = None,
+) -> int:
     """Prints what the files hold; with `model` (a folder with config.json and tokenizer files) also how long that is in tokens.
 
-    `show` prints the record of that number (from 1, over all files). Raises a UserError with every problem of every file, else returns 0.
+    `show` prints the record of that number (from 1, over all files), `html` also writes it as a page. `quarantine` is a folder for copies
+    of the bad records; `fix` a folder (or one .jsonl file) for corrected copies, which are then what is checked.
+    Raises a UserError with every problem of every file, else returns 0.
     """
     console = Console(highlight=False)
-    problems = Problems(keep=None)
-    renderer = _renderer(model) if model is not None else None
-    found = []
-    for path in files:
-        before, equal = problems.count, list[str]()
-        schema, use, values = load_file(path, format, problems, equal)
-        if not values and not equal and problems.count == before:
-            problems.add(path, "no records, expected at least one")
-        found.append(Contents(path, schema, use, values))
-        _print_contents(console, found[-1], problems.count - before, equal)
-        if renderer:
-            _print_lengths(console, found[-1], renderer, problems)
+    if html is not None and show is None:
+        raise UserError("--html needs --show N, the record to write")
+    renderer = open_renderer(model) if model is not None else None
+    paths = [file for found in find_files(files) for file in found]
+    if fix is not None:
+        paths = _repair_all(console, paths, format, fix, quarantine)
+    problems, shown = Problems(keep=LISTED), Shown(show)
+    found = [_check_file(console, path, format, renderer, problems, shown) for path in paths]
     _print_repeats(console, found)
+    if quarantine is not None and fix is None and problems.count:
+        _set_aside(console, paths, format, quarantine)
     if show is not None:
-        _show(console, [located for contents in found for located in contents.values], show, renderer)
+        if shown.located is None:
+            raise UserError(f"--show {show}: the files hold {shown.passed} sound records; give a number from 1 to {shown.passed}")
+        title = f"record {show} of {shown.passed:,}, {shown.located.where}"
+        _say(console, f"\n{title}", "bold")
+        print_record(console, shown.located, renderer)
+        if html is not None:
+            write_page(html, title, shown.located, renderer)
     problems.stop()
     return 0
 
 
-def _renderer(model: str) -> Renderer:
-    path = resolve(model)
-    base = resolve(adapter_base(path)[0]) if is_adapter(path) else path
-    return Renderer(open_folder(base).family, load_tokenizer(path if has_tokenizer(path) else base))
+def _check_file(console: Console, path: str, format: str, renderer: Renderer | None, problems: Problems, shown: Shown) -> Findings:
+    before, equal = problems.count, list[str]()
+    values = FileValues[Any](path, format, problems, equal)
+    findings, lengths, specials = Findings(path), dict[str, Lengths](), Places()
+    for located in values:
+        findings.add(located.value, located.line)
+        shown.look_at(located)
+        if renderer is not None:
+            _measure(located, renderer, lengths, problems)
+            _find_specials(located, renderer, specials)
+    if not findings.values and not equal and problems.count == before:
+        problems.add(path, "no records, expected at least one")
+    if renderer is not None:
+        findings.warnings.pop("control", None)
+        if specials.count:
+            findings.warnings["control"] = specials
+    _print_contents(console, findings, values.schema, values.use, problems.count - before, equal)
+    if lengths:
+        _print_lengths(console, lengths)
+    return findings
 
 
-def _prompt_of(value: Conversation | Preference | Prompt) -> Conversation:
-    """What stands before the last answer."""
-    if isinstance(value, Conversation):
-        last = max(i for i, m in enumerate(value.messages) if m.role != "assistant")
-        return replace(value, messages=value.messages[: last + 1])
-    return value.prompt if isinstance(value, Preference) else value.conversation
+def _measure(located: Located[Any], renderer: Renderer, lengths: dict[str, Lengths], problems: Problems) -> None:
+    """Tokens of each part of a value."""
+    try:
+        samples = renderer.samples(located.value)
+    except UserError as error:
+        problems.add(located.where, str(error))
+        return
+    for name, sample in samples.items():
+        lengths.setdefault(name, Lengths()).add(len(sample))
+        if any(sample.trained):
+            lengths.setdefault(f"{name}, trained", Lengths()).add(sum(sample.trained))
 
 
-def _messages(value: Conversation | Preference | Prompt) -> tuple[Message, ...]:
-    if isinstance(value, Preference):
-        return (*value.prompt.messages, value.chosen, value.rejected)
-    return value.messages if isinstance(value, Conversation) else value.conversation.messages
+def _find_specials(located: Located[Any], renderer: Renderer, places: Places) -> None:
+    value = located.value
+    prompt = getattr(value, "prompt", getattr(value, "conversation", value))
+    texts = [m.content for m in prompt.messages] + [getattr(value, side).content for side in ("chosen", "rejected") if hasattr(value, side)]
+    name = next((name for name in renderer.tokenizer.specials if any(name in text for text in texts)), None)
+    if name is not None:
+        places.add(f"{located.where} {name}")
 
 
-def _print_contents(console: Console, contents: Contents, broken: int, equal: list[str]) -> None:
-    _say(console, f"{contents.path}: schema {contents.schema}, {counted(len(contents.values), USES[contents.use])}", "bold")
+def _print_contents(console: Console, findings: Findings, schema: str, use: Use, broken: int, equal: list[str]) -> None:
+    _say(console, f"{findings.path}: schema {schema}, {counted(findings.values, USES[use])}", "bold")
     for note in ([f"{counted(broken, 'problem')}, listed at the end"] if broken else []) + ([equal_note(equal)] if equal else []):
         _say(console, f"  {note}", "yellow")
-    if not contents.values:
+    if not findings.values:
         return
-    turns = Counter[str]()
-    characters: dict[str, list[int]] = {role: [] for role in ROLES}
-    for located in contents.values:
-        for message in _messages(located.value):
-            turns[message.role] += 1
-            turns["tool call"] += message.tool is not None
-            characters[message.role].append(len(message.content))
     table = _table("role", "turns", "per record", "median chars", "95 %", "longest", "total")
-    for role in (role for role in ROLES if turns[role]):
-        row = np.array(characters[role])
-        share = f"{turns[role] / len(contents.values):.2f}"
-        table.add_row(role, f"{turns[role]:,}", share, *_spread(row), f"{row.sum():,}")
+    for role in (role for role in ROLES if findings.turns[role]):
+        turns = findings.turns[role]
+        table.add_row(role, f"{turns:,}", f"{turns / findings.values:.2f}", *_spread(findings.characters[role]))
     console.print(table)
-    with_tools = sum(bool(_prompt_of(located.value).tools) for located in contents.values)
-    if with_tools or turns["tool call"]:
-        _say(console, f"  {counted(with_tools, 'record')} with tools, {counted(turns['tool call'], 'tool call')}")
+    if findings.with_tools or findings.calls:
+        _say(console, f"  {counted(findings.with_tools, 'record')} with tools, {counted(findings.calls, 'tool call')}")
+    if use == "pair":
+        _print_length_bias(console, findings)
+    for name, sentence in WARNINGS.items():
+        if name in findings.warnings:
+            places = findings.warnings[name]
+            _say(console, f"  {counted(places.count, 'record')} with {sentence}: {', '.join(places.first)}", "yellow")
 
 
-def _print_lengths(console: Console, contents: Contents, renderer: Renderer, problems: Problems) -> None:
-    """Tokens of each part, and texts that only look like control tokens."""
-    lengths: dict[str, list[int]] = {}
-    lookalikes: list[str] = []
-    for located in contents.values:
-        try:
-            samples = renderer.samples(located.value)
-        except UserError as error:
-            problems.add(located.where, str(error))
+def _print_length_bias(console: Console, findings: Findings) -> None:
+    longer, shorter = findings.longer_chosen, findings.longer_rejected
+    share, ties = longer / findings.values, findings.values - longer - shorter
+    medians = [findings.characters[name].quantile(0.5) for name in ("chosen", "rejected")]
+    rule = (longer + ties / 2) / findings.values
+    sentence = (
+        f"chosen is the longer answer in {share:.0%} of the pairs (median {medians[0]:,} and {medians[1]:,} characters); "
+        f'"the longer one wins" would be right in {rule:.0%}'
+    )
+    _say(console, f"  {sentence}", "yellow" if share >= LONGER_WINS else "")
+
+
+def _print_lengths(console: Console, lengths: dict[str, Lengths]) -> None:
+    table = _table("tokens", "records", "median", "95 %", "longest", "total")
+    for name, row in lengths.items():
+        table.add_row(name, f"{row.counts.total():,}", *_spread(row))
+    console.print(table)
+    longest = max(max(row.counts) for row in lengths.values())
+    _say(console, f"  data.max_length of at least {longest:,} keeps every record whole")
+
+
+def _print_repeats(console: Console, found: list[Findings]) -> None:
+    """Prompts and records that occur more than once, in one file or in two (training and held-out data should share none)."""
+    for what, name in (("prompts", "prompt"), ("records", "record")):
+        for repeat in find_repeats(found, what):
+            within = repeat.first_file == repeat.file
+            where = f"in {repeat.file}" if within else f"of {repeat.file} also in {repeat.first_file}"
+            places = f"first {repeat.places[0]} and {repeat.places[1]}"
+            _say(console, f"{counted(repeat.count, name)} {where}{' more than once' if within else ''}: {places}", "yellow")
+
+
+def _repair_all(console: Console, paths: list[str], format: str, fix: str, quarantine: str | None) -> list[str]:
+    """Writes corrected copies, and returns their paths."""
+    single = Path(fix).suffix == ".jsonl"
+    if single and len(paths) != 1:
+        raise UserError(f"--fix {fix}: one file for {len(paths)} files; name a folder")
+    copies, left = [], list[str]()
+    for path, name in zip(paths, _names(paths), strict=True):
+        if not suffix(path) or not Path(path).is_file():
+            left.append(f"{path}: expected a data file")
             continue
-        for name, sample in samples.items():
-            lengths.setdefault(name, []).append(len(sample))
-            if any(sample.trained):
-                lengths.setdefault(f"{name}, trained", []).append(sum(sample.trained))
-        text = "\n".join(message.content for message in _messages(located.value))
-        lookalikes += [f"{located.where} {name}" for name in renderer.tokenizer.specials if name in text][:1]
-    if lengths:
-        table = _table("tokens", "records", "median", "95 %", "longest", "total")
-        for name, row in lengths.items():
-            table.add_row(name, f"{len(row):,}", *_spread(np.array(row)), f"{sum(row):,}")
-        console.print(table)
-        _say(console, f"  data.max_length of at least {max(max(row) for row in lengths.values()):,} keeps every record whole")
-    if lookalikes:
-        note = f"{counted(len(lookalikes), 'record')} with text that looks like a control token; it is encoded as plain text"
-        _say(console, f"  {note}: {', '.join(lookalikes[:3])}", "yellow")
+        out = Path(fix) if single else Path(fix) / name
+        if out.exists() and out.samefile(path):
+            raise UserError(f"--fix {fix}: {out} is the file itself; name another folder")
+        done = repair(path, format, out, Path(quarantine) / name if quarantine is not None else None)
+        if done.aside and quarantine is None:
+            left += done.reasons
+            continue
+        _say(console, f"{path}: {counted(done.copied, 'record')} copied to {out}", "bold")
+        for kind, count in sorted((+done.fixes).items()):
+            _say(console, f"  fixed {count:,} x {kind}")
+        if done.aside:
+            _say(console, f"  {counted(done.aside, 'record')} set aside in {quarantine}", "yellow")
+        copies.append(str(out))
+    if left:
+        advice = "correct them, or add --quarantine DIR to leave them out of the copy"
+        raise UserError(f"{counted(len(left), 'problem')} cannot be fixed without a choice; {advice}:", left[:LISTED])
+    return copies
 
 
-def _print_repeats(console: Console, found: list[Contents]) -> None:
-    """Prompts that occur in more than one record: of one file, or of two (training and held-out data should share none)."""
-    first: dict[tuple[Message, ...], Located[Any]] = {}
-    repeats: dict[tuple[str, str], list[str]] = {}
-    for contents in found:
-        within = set[str]()  # several pairs of one record are no repetition
-        for located in contents.values:
-            if located.where in within:
-                continue
-            within.add(located.where)
-            seen = first.setdefault(_prompt_of(located.value).messages, located)
-            if seen is not located:
-                files = (seen.where.rpartition(":")[0], contents.path)
-                repeats.setdefault(files, []).append(f"{seen.where} and {located.where}")
-    for (one, other), places in repeats.items():
-        where = f"in {one}" if one == other else f"of {other} also in {one}"
-        _say(console, f"{counted(len(places), 'prompt')} {where}{' more than once' if one == other else ''}: first {places[0]}", "yellow")
+def _set_aside(console: Console, paths: list[str], format: str, quarantine: str) -> None:
+    for path, name in zip(paths, _names(paths), strict=True):
+        if suffix(path) and Path(path).is_file():
+            done = repair(path, format, None, Path(quarantine) / name)
+            if done.aside:
+                _say(console, f"{path}: {counted(done.aside, 'bad record')} copied to {Path(quarantine) / name}", "yellow")
 
 
-def _show(console: Console, values: list[Located[Any]], number: int, renderer: Renderer | None) -> None:
-    if number > len(values):
-        raise UserError(f"--show {number}: the files hold {len(values)} sound records; give a number from 1 to {len(values)}")
-    located = values[number - 1]
-    _say(console, f"\nrecord {number} of {len(values):,}, {located.where}", "bold")
-    if renderer is None:
-        for message in _messages(located.value):
-            label = f"{message.role} calls {message.tool}" if message.tool else message.role
-            console.print(Text.assemble((f"{label}: ", f"bold {COLOURS[message.role]}"), visible(message.content)), soft_wrap=True)
-        return
-    plain = console.color_system is None
-    for name, sample in renderer.samples(located.value).items():
-        _say(
-            console, f"{name}: {len(sample)} tokens, {sum(sample.trained)} of them trained ({'in ⟦ ⟧' if plain else 'underlined'})", "bold"
-        )
-        console.print(coloured(sample, renderer.tokenizer, plain), soft_wrap=True)
-    if not isinstance(located.value, Prompt):
-        serving = renderer.serving(located.value)
-        _say(console, f"when serving: {len(serving)} tokens", "bold")
-        console.print(coloured(serving, renderer.tokenizer, plain), soft_wrap=True)
-
-
-def coloured(sample: Sample, tokenizer: Tokenizer, plain: bool) -> Text:
-    """Tokens in their role's colour, every second one dim so that their borders show; trained ones underlined, or `plain`, in ⟦ ⟧."""
-    text, dim, inside = Text(), False, False
-    names = {i: name for name, i in tokenizer.specials.items()}
-    starts = [i for i, token in enumerate(sample.tokens) if i == 0 or token in names]
-    for start, end in zip(starts, [*starts[1:], len(sample)], strict=True):
-        ids, trained = sample.tokens[start:end], sample.trained[start:end]
-        name = names.get(ids[0], "")
-        opening = tokenizer.decode(ids)
-        role = next((r for r in ROLES if r in name or opening.startswith(r)), "")  # <|user|>, or <|im_start|> and then user
-        pieces = [(name, trained[0], "bold red")] if name else []
-        pieces += [(visible(piece), on, COLOURS.get(role, "default")) for piece, on in _pieces(ids, trained, tokenizer)]
-        for piece, on, colour in pieces:
-            if plain and on != inside:
-                text.append("⟦" if on else "⟧")
-                inside = on
-            text.append(piece, colour + " dim" * dim + " underline" * on)
-            dim = not dim
-    return text.append("⟧") if inside else text
-
-
-def _pieces(ids: list[int], trained: list[bool], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
-    """`(text, trained)` token by token; several together where only together they are whole characters."""
-    last, start = 0, 0  # where the last piece and this one begin: how a token reads may depend on the one before
-    for i, on in enumerate(trained):
-        before, whole = tokenizer.decode(ids[last:start]), tokenizer.decode(ids[last : i + 1])
-        halved = whole.endswith("\ufffd") and trained[i + 1 : i + 2] == [on]
-        if len(whole) > len(before) and not halved:
-            yield whole[len(before) :], on
-            last, start = start, i + 1
+def _names(paths: list[str]) -> list[str]:
+    """A file name for each path's copy; two of one name would overwrite each other."""
+    names = [f"{Path(Path(path).name.removesuffix(PACKED)).stem}.jsonl" for path in paths]
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled is not None:
+        raise UserError(f"several files would be written as {doubled}; check them one by one")
+    return names
 
 
 def counted(number: int, name: str) -> str:
     """`1 pair`, `2,000 pairs`."""
     return f"{number:,} {name}{'' if number == 1 else 's'}"
-
-
-def visible(text: str) -> str:
-    """Text that cannot command the terminal: control characters and direction marks by their number, all but line breaks and tabs."""
-    return "".join(c if c.isprintable() or c in "\n\t\u3000\u00a0" else f"\\x{ord(c):02x}" for c in text)
 
 
 def _say(console: Console, line: str, style: str = "") -> None:
@@ -249,7 +245,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _spread(row: "np.ndarray[Any, Any]") -> tuple[str, str, str]:
-    """Median, 95th percentile (both of values that occur) and maximum."""
-    middle, high = np.percentile(row, [50, 95], method="higher")
-    return f"{middle:,}", f"{high:,}", f"{row.max():,}"
+def _spread(row: Lengths) -> tuple[str, str, str, str]:
+    """Median, 95th percentile (both of values that occur), maximum and sum."""
+    return f"{row.quantile(0.5):,}", f"{row.quantile(0.95):,}", f"{max(row.counts):,}", f"{row.total():,}"

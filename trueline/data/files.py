@@ -1,0 +1,47 @@
+"""Which files a data path means, and how they are opened. One rule: the files are sorted, so that a data set is one order everywhere.
+
+A path is a file, a folder (all data files in it and below), or a pattern with `*`, `?` or `[...]`.
+"""
+
+import glob
+import gzip
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+PACKED = ".gz"
+KNOWN = ".json, .jsonl, .csv, .tsv (each also .gz) or .parquet"
+
+
+def suffix(path: str) -> str:
+    """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`, in lower case; "" when it is no data file's."""
+    name = Path(path).name.lower()
+    packed = name.endswith(PACKED)
+    ending = Path(name.removesuffix(PACKED)).suffix
+    return ending if ending in SUFFIXES and not (packed and ending == ".parquet") else ""
+
+
+def find_files(paths: Sequence[str]) -> list[list[str]]:
+    """The files each path means, in order. A path that names no folder and matches nothing stands for itself: who reads it will say so."""
+    return [_find(path) for path in paths]
+
+
+def _find(path: str) -> list[str]:
+    place = Path(path)
+    try:
+        if place.is_dir():
+            inside = (found for found in place.rglob("*") if suffix(str(found)) and found.is_file())
+            hidden = (found for found in inside if not any(part.startswith(".") for part in found.relative_to(place).parts))
+            return sorted(map(str, hidden)) or [path]
+        if not place.exists() and glob.has_magic(path):
+            return sorted(found for found in glob.glob(path, recursive=True) if Path(found).is_file()) or [path]
+    except (OSError, ValueError):
+        return [path]
+    return [path]
+
+
+def open_bytes(path: str) -> IO[bytes]:
+    """The file's bytes, unpacked when its name ends in .gz."""
+    return io.BufferedReader(gzip.open(path), 1 << 18) if path.lower().endswith(PACKED) else open(path, "rb", buffering=1 << 18)
