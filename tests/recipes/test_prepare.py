@@ -9,7 +9,8 @@ import pytest
 
 from tests.recipes.commands import Commands
 from tests.recipes.toys import Toys
-from trueline.config.schema import DataConfig
+from trueline.config.load import from_any
+from trueline.config.schema import DataConfig, SftConfig
 from trueline.data.cache import items_fingerprint
 from trueline.data.formats import load_conversations
 from trueline.data.tokenizer import load_tokenizer
@@ -179,3 +180,36 @@ def test_prepare_says_when_it_cannot_tell_the_stage(trueline: Commands, toys: To
     assert "--stage rm: expected sft" in trueline("prepare", toys.config("sft"), "--stage", "rm", "run.output=x").refused()
     off = ("prepare", toys.config("sft"), "--stage=sft", "run.output=x", "data.cache=off")
     assert "there is nothing to prepare" in trueline(*off).refused()
+
+
+def test_files_mix_by_weight(toys: Toys) -> None:
+    files = [str(toys.data("messages.jsonl")), str(toys.data("alpaca.json"))]
+    first, second = (prepared(toys, train=file).train for file in files)
+    mixed = prepared(toys, train=files, weights=[2.0, 0.5]).train
+    count = {tuple(s.tokens): 0 for s in mixed}
+    for sample in mixed:
+        count[tuple(sample.tokens)] += 1
+    once = {tuple(s.tokens) for s in second}
+    assert len(mixed) == 2 * len(first) + round(len(second) / 2)
+    assert [count[tuple(s.tokens)] for s in first] == [2 * sum(tuple(o.tokens) == tuple(s.tokens) for o in first) for s in first]
+    assert {n for tokens, n in count.items() if tokens in once} == {1}
+    assert prepared(toys, train=files, weights=[1, 1]).train[5].tokens == prepared(toys, train=files).train[5].tokens
+
+
+def test_a_weighted_record_is_never_in_both_parts(toys: Toys) -> None:
+    found = prepared(toys, train=[str(toys.data("alpaca.json"))], weights=[3.0], eval_fraction=0.5)
+    assert len(found.train) == 3 * len(found.held_out) == 18
+    assert not {tuple(s.tokens) for s in found.train} & {tuple(s.tokens) for s in found.held_out}
+
+
+def test_weights_are_one_for_each_entry(toys: Toys) -> None:
+    with pytest.raises(UserError, match="data.weights has 2 numbers for 1 entries of data.train"):
+        from_any(SftConfig, toys.dictionary("sft", data={"train": "a.jsonl", "weights": [1, 2]}, run={"output": "out"}))
+
+
+def test_a_folder_means_the_files_in_it(toys: Toys, tmp_path: Path) -> None:
+    for name in ("messages.jsonl", "cvalues.jsonl"):
+        (tmp_path / name).write_bytes(toys.data(name).read_bytes())
+    both = prepared(toys, train=[str(tmp_path / "cvalues.jsonl"), str(tmp_path / "messages.jsonl")])
+    for path in (str(tmp_path), str(tmp_path / "*.jsonl")):
+        assert items_fingerprint(prepared(toys, train=path).train) == items_fingerprint(both.train)

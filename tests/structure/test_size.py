@@ -6,6 +6,7 @@ from tests.structure.tree import PACKAGE, functions, modules
 
 BANNED_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
 FILE_LINES, FUNCTION_LINES, RECIPE_LINES, PRODUCT_LINES = 400, 60, 100, 12_000
+LONGER = {"config/schema.py": 480}  # every key in one table, read from top to bottom; cut in two it would say less
 RECORD_BASES = {"Config"}  # the config base counts as a library's
 
 
@@ -24,7 +25,7 @@ def lengths() -> dict[str, int]:
 
 
 def test_files_are_short() -> None:
-    long = {name: lines for name, lines in lengths().items() if lines >= FILE_LINES}
+    long = {name: lines for name, lines in lengths().items() if lines >= LONGER.get(name, FILE_LINES)}
     assert not long, f"{FILE_LINES} lines or more: {long}"
 
 

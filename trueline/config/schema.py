@@ -62,7 +62,9 @@ class ModelConfig(Config):
 
 class DataConfig(Config):
     train: Files = ()
-    """Training files: .json, .jsonl or .parquet, in any of the known schemas."""
+    """Training files, folders or patterns: .json, .jsonl, .csv, .tsv (each also .gz) or .parquet, in any of the known schemas."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """One for each entry of data.train: how often its records occur in a pass (2: twice, 0.5: a drawn half); empty: once."""
     eval: Files = ()
     """Held-out files."""
     eval_fraction: float = Field(0.0, ge=0, lt=1)
@@ -83,8 +85,12 @@ class DataConfig(Config):
     """Folder that keeps every file's tokens; none: `~/.cache/trueline/tokens`; `off`: nothing is kept, and everything rendered anew."""
 
     def conflicts(self) -> list[str]:
-        both = self.eval and self.eval_fraction
-        return ["data.eval and data.eval_fraction exclude each other; keep the held-out files or the fraction"] if both else []
+        found = {
+            "data.eval and data.eval_fraction exclude each other; keep the held-out files or the fraction": self.eval and self.eval_fraction,
+            f"data.weights has {len(self.weights)} numbers for {len(self.train)} entries of data.train; give one for each":
+                self.weights and len(self.weights) != len(self.train),
+        }
+        return [sentence for sentence, wrong in found.items() if wrong]
 
 
 class BatchConfig(Config):

@@ -105,7 +105,7 @@ def _judge(path: str, draft: Path, lines: list[int], format: str) -> tuple[set[i
 
 
 def _divide(path: str, draft: Path, bad: set[int], kept: Path | None, aside: Path | None, fixes: Counter[str]) -> None:
-    """Writes the draft's good lines to `kept`, and to `aside` the originals of the others (the drafts, where a line held several records)."""
+    """Writes the draft's good lines to `kept`, and to `aside` the originals of the others (drafts, where a line held several records)."""
     if kept is not None:
         with draft.open("rb") as file:
             _publish(kept, (line for i, line in enumerate(file) if i not in bad))

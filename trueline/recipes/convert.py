@@ -7,8 +7,9 @@ import json
 import os
 from pathlib import Path
 
+from trueline.data.files import SUFFIXES
 from trueline.data.formats import load_conversations
-from trueline.data.reader import SUFFIXES, Problems
+from trueline.data.reader import Problems
 from trueline.data.tokenizer import load_tokenizer
 from trueline.errors import RunError, UserError, disk_full
 from trueline.families.folder import open_folder

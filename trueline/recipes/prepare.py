@@ -18,6 +18,7 @@ from trueline.config.schema import DataConfig, PpoDataConfig
 from trueline.data import cache
 from trueline.data.cache import Items, Kept, Kind, Tally, TokenPrompt, in_memory, stored
 from trueline.data.conversation import Conversation, Preference, Prompt
+from trueline.data.files import find_files
 from trueline.data.formats import Located, equal_note, iter_conversations, iter_preferences, iter_prompts
 from trueline.data.reader import Problems
 from trueline.data.sample import Pair, Sample
@@ -156,8 +157,8 @@ def _source(
 def _prepare(data: DataConfig, seed: int, source: Source[T]) -> Prepared[T]:
     notes: list[str] = []
     files: dict[str, Kept] = {}
-    train = _items(data.train, source, notes, files)
-    held_out = _items(data.eval, source, notes, files)
+    train, entry = _items(data.train, source, notes, files)
+    held_out, _ = _items(data.eval, source, notes, files)
     for paths, kept, purpose in ((data.train, train, "train on"), (data.eval, held_out, "evaluate on")):
         if paths and not len(kept):
             raise UserError(f"nothing is left to {purpose} in {', '.join(paths)}: {'; '.join(notes)}")
@@ -168,10 +169,27 @@ def _prepare(data: DataConfig, seed: int, source: Source[T]) -> Prepared[T]:
         count = min(max(1, round(len(train) * data.eval_fraction)), len(train) - 1)
         chosen = np.zeros(len(train), np.bool_)
         chosen[order[:count]] = True
-        held_out, train = train.take(chosen.nonzero()[0]), train.take((~chosen).nonzero()[0])
+        held_out, train, entry = train.take(chosen.nonzero()[0]), train.take((~chosen).nonzero()[0]), entry[~chosen]
+    if data.weights:  # after the held-out records are gone: a record that occurs twice must not be in both
+        train = train.take(mixed(entry, data.weights, seed))
     if data.limit is not None:
         train = train[: data.limit]
     return Prepared(train, held_out, notes, files)
+
+
+def mixed(entry: "np.ndarray[Any, Any]", weights: Sequence[float], seed: int) -> "np.ndarray[Any, Any]":
+    """Indices of items by the weight of their `entry` `[items]`: whole times all of them, and of the rest a drawn share.
+
+    >>> mixed(np.array([0, 0, 1]), (2.0, 1.0), seed=0).tolist()
+    [0, 1, 0, 1, 2]
+    """
+    found = []
+    for i, weight in enumerate(weights):
+        here = (entry == i).nonzero()[0]
+        whole, share = divmod(weight, 1)
+        order = np.argsort(np.random.Philox(key=key(seed, "weights", i)).random_raw(len(here)), kind="stable")
+        found += [here] * int(whole) + [here[np.sort(order[: round(share * len(here))])]]
+    return np.concatenate(found)
 
 
 class _Refused:
@@ -196,11 +214,14 @@ class _Refused:
             raise UserError(sentence, self.long[:50])
 
 
-def _items(paths: Sequence[str], source: Source[T], notes: list[str], files: dict[str, Kept]) -> Items[T]:
-    """The items of all `paths` in order."""
+def _items(
+    paths: Sequence[str], source: Source[T], notes: list[str], files: dict[str, Kept]
+) -> tuple[Items[T], "np.ndarray[Any, Any]"]:
+    """The items of all files that `paths` mean, in order, and which of the `paths` each came from."""
     refused = _Refused()
     found = []
-    for path in paths:
+    meant = [(i, path) for i, inside in enumerate(find_files(paths)) for path in inside]
+    for _, path in meant:
         rows = partial(_rows, path, source, refused)
         kept = _kept(path, source, rows)
         files[path] = kept
@@ -208,7 +229,7 @@ def _items(paths: Sequence[str], source: Source[T], notes: list[str], files: dic
         notes += [kept.note] if kept.note else []
     seen, dropped, truncated = (sum(getattr(kept.tally, name) for kept in found) for name in ("seen", "dropped", "truncated"))
     refused.stop(seen)
-    if equal := [f"{path}:{line}" for path, kept in zip(paths, found, strict=True) for line in kept.tally.equal]:
+    if equal := [f"{path}:{line}" for (_, path), kept in zip(meant, found, strict=True) for line in kept.tally.equal]:
         notes.append(equal_note(equal))
         if not seen:
             raise UserError(f"no pairs in {', '.join(paths)}: in every record both answers are equal")
@@ -216,7 +237,9 @@ def _items(paths: Sequence[str], source: Source[T], notes: list[str], files: dic
         notes.append(f"{dropped} of {seen} records left out: longer than {source.room} tokens")
     if truncated:
         notes.append(f"{truncated} of {seen} records cut at {source.room} tokens")
-    return Items([block for kept in found for block in kept.blocks])
+    items: Items[T] = Items([block for kept in found for block in kept.blocks])
+    sizes = [sum(len(block) for block in kept.blocks) for kept in found]
+    return items, np.repeat(np.array([i for i, _ in meant], np.int64), sizes)
 
 
 def _kept(path: str, source: Source[T], rows: Callable[[Tally], Iterator[tuple[T, int]]]) -> Kept:
