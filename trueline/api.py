@@ -103,12 +103,16 @@ class Model:
         return out
 
 
-def load(path: str | Path, dtype: str = "auto", adapter: str | None = None, tokenizer: str | None = None) -> Model:
+def load(
+    path: str | Path, dtype: str = "auto", adapter: str | None = None, tokenizer: str | None = None, template: str = "auto"
+) -> Model:
     """A model folder or hub id of any family, a reward model, or an adapter folder (its base is found by the path it records).
 
     `adapter` puts an adapter folder on `path`, whatever base that adapter records. Without tokenizer files it still serves token lists.
+    `template` writes conversations down in another family's way, as `model.template` does.
     """
-    return Model(open_model(ModelConfig.model_validate({"path": str(path), "dtype": dtype, "tokenizer": tokenizer}), 0, adapter=adapter))
+    settings = {"path": str(path), "dtype": dtype, "tokenizer": tokenizer, "template": template}
+    return Model(open_model(ModelConfig.model_validate(settings), 0, adapter=adapter))
 
 
 Given = str | Path | Mapping[str, Any]

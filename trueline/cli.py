@@ -131,9 +131,10 @@ def check(
     fix: Annotated[str | None, typer.Option(metavar="OUT", help="Write corrected copies there (a folder or a .jsonl file).")] = None,
     quarantine: Annotated[str | None, typer.Option(metavar="DIR", help="Copy bad records there, and why they are bad.")] = None,
     html: Annotated[str | None, typer.Option(metavar="FILE", help="With --show: also write the record as a page.")] = None,
+    template: Annotated[str, typer.Option(metavar="NAME", help="Another family's template, as model.template names it.")] = "auto",
 ) -> None:
     """Validate data files."""
-    _recipe("check").check(files, model, show, format, fix, quarantine, html)
+    _recipe("check").check(files, model, show, format, fix, quarantine, html, template)
 
 
 @app.command("import")

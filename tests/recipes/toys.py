@@ -15,10 +15,18 @@ from trueline.data.tokenizer import load_tokenizer
 from trueline.families.export import save_folder
 from trueline.families.folder import open_folder, random_decoder
 
-FAMILIES = ("qwen2", "glm", "llama", "chatglm")
+FAMILIES = ("qwen2", "glm", "llama", "chatglm", "qwen3", "glm4", "mistral", "chatglm2", "chatglm3", "chatglm4")
+WHOLE = ("qwen2", "glm", "chatglm")  # run at every stage with every kind of adapter in the default suite, the others under `slow`
+ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
 CONTROLS = {
     "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "glm": ["<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"],
+    "glm": ["<|endoftext|>", "[gMASK]", "<sop>", *ROLES],
+    "qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "glm4": ["<|endoftext|>", "[gMASK]", "<sop>", *ROLES],
+    "mistral": ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"],
+    "chatglm2": ["<unk>", "</s>", "[gMASK]", "sop"],
+    "chatglm3": ["<unk>", "</s>", "[gMASK]", "sop", *ROLES],
+    "chatglm4": ["<|endoftext|>", "[gMASK]", "<sop>", *ROLES],
     "chatglm": ["<pad>", "[MASK]", "[gMASK]", "<sop>", "<eop>"],
     "llama": [
         "<|finetune_right_pad_id|>",
@@ -37,6 +45,15 @@ CHATGLM_SIZES = {
     "vocab_size": 320, "hidden_size": 32, "inner_hidden_size": 48, "num_layers": 2, "num_attention_heads": 4, "initializer_range": 0.3,
     "mask_token_id": 1, "gmask_token_id": 2, "bos_token_id": 3, "position_encoding_2d": True,
 }  # fmt: skip
+FUSED_SIZES = {
+    "padded_vocab_size": 320, "hidden_size": 32, "ffn_hidden_size": 48, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 8,
+    "multi_query_attention": True, "multi_query_group_num": 2, "add_qkv_bias": True, "initializer_range": 0.3,
+}  # fmt: skip
+MORE: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    "mistral": {"sliding_window": 24},
+}
 WORDS = ("red", "blue", "green", "红", "蓝", "绿", "one", "two", "一", "二")
 KINDS = {
     "full": ["model.adapter.kind=full"],
@@ -135,10 +152,11 @@ def write_model(toys: Toys, family: str) -> None:
     corpus = ["system user assistant You are a helpful assistant. say red blue green 红 蓝 绿 one two 一 二 no"] * 9
     engine.train_from_iterator(corpus, trainer)
     engine.save(str(draft / "tokenizer.json"))
-    sizes = SIZES | ({"tie_word_embeddings": True} if family == "llama" else {})
-    if family == "chatglm":
-        sizes = CHATGLM_SIZES
-    (draft / "config.json").write_text(json.dumps({"model_type": family, "pad_token_id": 0, "eos_token_id": None, **sizes}))
+    sizes = SIZES | MORE.get(family, {})
+    kind = family
+    if family.startswith("chatglm"):
+        sizes, kind = CHATGLM_SIZES if family == "chatglm" else FUSED_SIZES | {"_name_or_path": family}, "chatglm"
+    (draft / "config.json").write_text(json.dumps({"model_type": kind, "pad_token_id": 0, "eos_token_id": None, **sizes}))
     opened = open_folder(draft)
     save_folder(folder, random_decoder(opened, torch.float32, seed=5), opened, load_tokenizer(draft))
 

@@ -50,6 +50,8 @@ class ModelConfig(Config):
     """Model folder or hub id (config.json, safetensors, tokenizer files); a finished adapter folder works too."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, when the model folder has none or another is wanted."""
+    template: str = "auto"
+    """How conversations are written down: auto is the model's own way, or another family's by name (chatml, llama3, qwen3, ...)."""
     init: Literal["load", "random"] = "load"
     """Read the weights, or draw them at random from the model's config (experiments)."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
@@ -231,17 +233,17 @@ class GreedySamplingConfig(SamplingConfig):
     """Logits are divided by this before anything else; 0 takes the most likely token."""
 
 
-class GenerateConfig(SamplingConfig):
+class GenerateConfig(GreedySamplingConfig):
     """`trueline generate` and `trueline chat`: keys without a section, given on the command line."""
 
-    temperature: float = Field(0.0, ge=0)
-    """Logits are divided by this before anything else; 0 takes the most likely token."""
     n: int = Field(1, ge=1)
     """Answers per prompt."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Every draw is keyed by this, the prompt and the answer's number."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, when the model folder has none or another is wanted."""
+    template: str = "auto"
+    """How conversations are written down: auto is the model's own way, or another family's by name (chatml, llama3, qwen3, ...)."""
 
 
 class PpoConfig(Config):

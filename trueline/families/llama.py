@@ -85,7 +85,7 @@ def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, l
     if EOM in tokenizer.specials:
         return _headers_3_1(conversation, tokenizer, open, last_only)
     _refuse_tools(conversation)
-    return _headers(conversation.messages, tokenizer, open, last_only)
+    return _headers([replace(m, content=m.content.strip()) for m in conversation.messages], tokenizer, open, last_only)
 
 
 def _refuse_tools(conversation: Conversation) -> None:
@@ -105,13 +105,13 @@ def _headers_3_1(conversation: Conversation, tokenizer: Encoder, open: bool, las
     for i, (message, after) in enumerate(zip(messages, [*messages[1:], None], strict=True)):
         if message.tool and after is not None and after.tool:
             raise UserError("Llama 3.1 has no format for several tool calls in a row; write one call and its observation after the other")
-        content = message.content
+        content = message.content.strip()
         if message.tool:
-            content = f'{{"name": "{message.tool}", "parameters": {content}}}'
+            content = f'{{"name": "{message.tool}", "parameters": {message.content}}}'
         elif message.role == "observation":
-            content = json.dumps(content, ensure_ascii=False)
+            content = json.dumps(message.content, ensure_ascii=False)
         elif i == 0 and tools:
-            content = TOOLS_BEFORE + tools + content.strip()
+            content = TOOLS_BEFORE + tools + content
         written.append(replace(message, content=content, tool=None))
     return _headers(written, tokenizer, open, last_only)
 
@@ -129,7 +129,7 @@ def _headers(messages: Sequence[Message], tokenizer: Encoder, open: bool, last_o
     out.control("<|begin_of_text|>")
     for (message, *_), trained in marked(messages, open, last_only):
         header("ipython" if message.role == "observation" else message.role)
-        out.text(message.content.strip(), trained=trained)
+        out.text(message.content, trained=trained)
         out.control("<|eot_id|>", trained)
     if open:
         header("assistant")

@@ -113,6 +113,8 @@ def save_adapter(
             raise RunError(f"{out}: not saved, because tensor {name!r} holds values that are not finite")
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     ours = {"base": {"path": base.path, "fingerprint": base.fingerprint}, "blocks": blocks}
+    if base.family.template != "auto":
+        ours["template"] = base.family.template
     _write_folder(Path(out), tensors, options, ours, files or {})
 
 
@@ -368,6 +370,11 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         if not tensor.is_floating_point():
             raise UserError(f"{file}: tensor {name!r} has dtype {tensor.dtype}, expected floating point")
     return tensors
+
+
+def adapter_template(folder: Path) -> str:
+    """The template the adapter was trained with, where that is not its base's own; else "auto"."""
+    return str(_read_json(folder / OURS).get("template", "auto")) if (folder / OURS).is_file() else "auto"
 
 
 def _note(folder: Path, name: str) -> dict[str, Any]:

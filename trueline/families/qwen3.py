@@ -39,13 +39,12 @@ def render(
         begun = True
         out.control("<|im_start|>")
         if turn[0].role == "assistant":
-            thought, said = _said(turn)
+            thought, said = _said(turn, i == len(found) - 1)
             out.text("assistant\n")
-            if i > asked and (i == len(found) - 1 or thought):
-                if thinking:
-                    said = [THINK, f"\n{thought}\n", THINK_END, "\n\n", *said]
-                elif i == len(found) - 1:
-                    out.text(*NO_THOUGHT)
+            if i > asked and thinking and (i == len(found) - 1 or thought):
+                said = [THINK, f"\n{thought}\n", THINK_END, "\n\n", *said]
+            elif i == len(found) - 1:
+                out.text(*NO_THOUGHT)
             out.text(*said, trained=trained)
         elif turn[0].role == "observation":
             out.text("user", *(part for m in turn for part in ("\n", Tag("<tool_response>"), f"\n{m.content}\n", Tag("</tool_response>"))))
@@ -64,13 +63,13 @@ def render_no_thinking(conversation: Conversation, tokenizer: Encoder, open: boo
     return render(conversation, tokenizer, open, last_only, thinking=False)
 
 
-def _said(turn: tuple[Message, ...]) -> tuple[str, list[str | Tag]]:
+def _said(turn: tuple[Message, ...], last: bool) -> tuple[str, list[str | Tag]]:
     """An answer's thoughts, "" without any, and the rest of it."""
     if turn[0].tool:
         return "", calls(turn)
     before, mark, after = turn[0].content.rpartition("</think>")
     if not mark:
-        return "", [turn[0].content]
+        return "", [after.lstrip("\n") if last else after]
     return before.split("</think>")[0].rstrip("\n").split("<think>")[-1].strip("\n"), [after.lstrip("\n")]
 
 

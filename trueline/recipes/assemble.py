@@ -21,7 +21,7 @@ from trueline.errors import UserError
 from trueline.families.export import save_folder
 from trueline.families.family import Family, stop_ids
 from trueline.families.folder import ModelFolder, load_decoder, load_score, open_folder, random_decoder, resolve
-from trueline.families.peft import Base, adapter_base, adapter_score, is_adapter, load_adapter, save_adapter
+from trueline.families.peft import Base, adapter_base, adapter_score, adapter_template, is_adapter, load_adapter, save_adapter
 from trueline.model.adapters import add_adapter, copy_adapter, halves, low_ranks, merge_adapter, remove_adapter, trainable
 from trueline.model.decoder import Decoder
 from trueline.model.heads import Scorer
@@ -78,7 +78,8 @@ class Opened:
 def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: str | None = None) -> Opened:
     """Reads (or draws) the weights. An adapter folder opens its base too; `adapter` names one when `config.path` is to be its base."""
     path, adapted, name, where = _places(config, adapter)
-    folder = open_folder(where)
+    template = adapter_template(path) if adapted and config.template == "auto" else config.template
+    folder = open_folder(where, template)
     name = str(where.resolve()) if Path(name).expanduser().is_dir() else name
     device = find_device()
     dtype = DTYPES[config.dtype] if config.dtype != "auto" else torch.float32 if device.type == "cpu" else torch.bfloat16

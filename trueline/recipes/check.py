@@ -55,6 +55,7 @@ def check(
     fix: str | None = None,
     quarantine: str | None = None,
     html: str | None = None,
+    template: str = "auto",
 ) -> int:
     """Prints what the files hold; with `model` (a folder with config.json and tokenizer files) also how long that is in tokens.
 
@@ -65,7 +66,7 @@ def check(
     console = Console(highlight=False)
     if html is not None and show is None:
         raise UserError("--html needs --show N, the record to write")
-    renderer = open_renderer(model) if model is not None else None
+    renderer = open_renderer(model, template) if model is not None else None
     paths = [file for found in find_files(files) for file in found]
     if fix is not None:
         paths = _repair_all(console, paths, format, fix, quarantine)

@@ -28,7 +28,7 @@ from trueline.rollout.sampling import Rollout, Sampling
 
 def run(model: str, prompts: str, out: str, settings: GenerateConfig) -> None:
     """Reads `{"prompt"}`, `{"messages"}` or `{"tokens"}` a line, writes `{"prompt", "response", "tokens", "logprobs", "finish"}` a line."""
-    opened = open_model(ModelConfig(path=model, tokenizer=settings.tokenizer), settings.seed)
+    opened = open_model(ModelConfig(path=model, tokenizer=settings.tokenizer, template=settings.template), settings.seed)
     language_model = language_model_of(opened)
     given = [item for item in read_prompts(prompts, opened) for _ in range(settings.n)]
     seeds = [key(settings.seed, "generate", i) for i in range(len(given))]
@@ -122,7 +122,7 @@ def language_model_of(opened: Opened) -> LanguageModel:
 
 def chat(model: str, settings: GenerateConfig) -> None:
     """A conversation in the terminal: an empty line or end of input ends it, /new begins another."""
-    opened = open_model(ModelConfig(path=model, tokenizer=settings.tokenizer), settings.seed)
+    opened = open_model(ModelConfig(path=model, tokenizer=settings.tokenizer, template=settings.template), settings.seed)
     language_model, console = language_model_of(opened), Console()
     tokens = opened.text()
     messages: list[Message] = []

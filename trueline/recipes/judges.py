@@ -29,8 +29,9 @@ Scores = Callable[[Sequence[Rollout], Sequence[TokenPrompt]], list[float]]
 
 
 def frozen_config(config: ModelConfig, path: str) -> ModelConfig:
-    """The settings for another, frozen model of the same run: its own tokenizer, weights from its folder."""
-    return config.model_copy(update={"path": path, "init": "load", "tokenizer": None, "adapter": AdapterConfig(), "recompute": False})
+    """The settings for another, frozen model of the same run: its own tokenizer and template, weights from its folder."""
+    own = {"path": path, "init": "load", "tokenizer": None, "template": "auto", "adapter": AdapterConfig(), "recompute": False}
+    return config.model_copy(update=own)
 
 
 def reward_model(config: RewardSourceConfig, policy: ModelConfig, seed: int) -> tuple[Scorer, Opened]:

@@ -15,7 +15,7 @@ from trueline.data.sample import Sample
 from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from trueline.families.family import Family
 from trueline.families.folder import open_folder, resolve
-from trueline.families.peft import adapter_base, is_adapter
+from trueline.families.peft import adapter_base, adapter_template, is_adapter
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "observation": "yellow"}
 STYLE = """body{font:15px/1.6 sans-serif;margin:2em;background:#fff;color:#222}main{display:grid;grid-template-columns:1fr 1fr;gap:1.5em}
@@ -45,11 +45,13 @@ class Renderer:
         return self.family.render(parts(value)[0], self.tokenizer, open=True)
 
 
-def open_renderer(model: str) -> Renderer:
-    """The template and tokenizer of a model or adapter folder."""
+def open_renderer(model: str, template: str = "auto") -> Renderer:
+    """The template (or the one of that name) and tokenizer of a model or adapter folder."""
     path = resolve(model)
     base = resolve(adapter_base(path)[0]) if is_adapter(path) else path
-    return Renderer(open_folder(base).family, load_tokenizer(path if has_tokenizer(path) else base))
+    if is_adapter(path) and template == "auto":
+        template = adapter_template(path)
+    return Renderer(open_folder(base, template).family, load_tokenizer(path if has_tokenizer(path) else base))
 
 
 def print_record(console: Console, located: Located[Value], renderer: Renderer | None) -> None:
