@@ -112,9 +112,7 @@ def save_adapter(
         if not tensor.isfinite().all():
             raise RunError(f"{out}: not saved, because tensor {name!r} holds values that are not finite")
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    ours = {"base": {"path": base.path, "fingerprint": base.fingerprint}, "blocks": blocks}
-    if base.family.template != "auto":
-        ours["template"] = base.family.template
+    ours = {"base": {"path": base.path, "fingerprint": base.fingerprint, "template": base.family.template}, "blocks": blocks}
     _write_folder(Path(out), tensors, options, ours, files or {})
 
 
@@ -373,8 +371,8 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def adapter_template(folder: Path) -> str:
-    """The template the adapter was trained with, where that is not its base's own; else "auto"."""
-    return str(_read_json(folder / OURS).get("template", "auto")) if (folder / OURS).is_file() else "auto"
+    """The template the adapter was trained with; "auto" is its base's own."""
+    return str(_note(folder, "base").get("template", "auto"))
 
 
 def _note(folder: Path, name: str) -> dict[str, Any]:
