@@ -152,5 +152,6 @@ def test_every_skip_is_needed() -> None:
 
 def test_every_verb_is_shown() -> None:
     typed = " ".join(command for page in pages() for block in blocks(page) if block.language == "bash" for command, _ in commands(block))
-    verbs = ("sft", "reward", "dpo", "ppo", "prepare", "evaluate", "generate", "chat", "export", "check", "convert")  # and `make demo`
+    # and `make demo`
+    verbs = ("sft", "reward", "dpo", "ppo", "prepare", "evaluate", "generate", "chat", "export", "check", "convert", "import")
     assert not [verb for verb in verbs if f"trueline {verb} " not in typed]

@@ -42,6 +42,8 @@ def stage_of(found: dict[str, list[Old]], scripts: str) -> str:
 
 def convert(it: Conversion, devices: int) -> None:
     """Fills `it` from the arguments of one command."""
+    if "model.path" in it.settings:
+        it.drop("model_name_or_path", "--model goes before it")
     it.move("model_name_or_path", "model.path")
     it.add("model.path", "THUDM/chatglm-6b", "the old default")
     _data(it)

@@ -6,7 +6,7 @@ TITLES = {"ppo": "MindRLHF PPO", "dpo": "MindRLHF DPO", "reward": "MindRLHF rewa
 MODEL = "model.model_config."
 ARCHITECTURE = "read from the model's own config.json, for training and rollouts alike"
 MACHINE = "how MindSpore ran; one process or torchrun, nothing to set"
-PREPARED = "mindrecord files and their columns are not used: JSON lines are read as they are"
+PREPARED = "JSON lines are read as they are; `trueline convert` makes them of MindRecord files"
 PPO_KEYS = (
     "kl_coef",
     "init_kl_coef",
@@ -23,7 +23,7 @@ REASONS = {
     MODEL.rstrip("."): ARCHITECTURE,
     MODEL + "batch_size": "batch.sequences and rollout.running say it",
     MODEL + "repetition_penalty": "rollouts are not penalised: the penalty would make their log-probabilities those of another model",
-    MODEL + "checkpoint_name_or_path": "a MindSpore checkpoint; name the Hugging Face folder with --model",
+    MODEL + "checkpoint_name_or_path": "a MindSpore checkpoint; `trueline convert` makes a model folder of it, --model names that",
     MODEL + "pad_token_id": "there is no padding",
     MODEL + "eos_token_id": "the stop tokens are the family's",
     MODEL + "param_init_type": "model.dtype: auto",
@@ -36,7 +36,7 @@ REASONS = {
     "trainer": "the verb says it",
     "metric": "the verb says it",
     "processor": "the tokenizer is the one in the model's folder",
-    "load_checkpoint": "a MindSpore checkpoint; name the Hugging Face folder with --model",
+    "load_checkpoint": "a MindSpore checkpoint; `trueline convert` makes a model folder of it, --model names that",
     "src_strategy": "there are no strategy files",
     "src_strategy_path_or_dir": "there are no strategy files",
     "auto_trans_ckpt": "there are no strategy files",
@@ -107,14 +107,16 @@ def convert(it: Conversion, devices: int, given: dict[str, list[Old]]) -> None:
     it.drop("output_dir", "save_ckpt_dir goes before it") if "run.output" in it.settings else it.move("output_dir", "run.output")
     it.move("recompute_config.recompute", "model.recompute")
     for name in [name for name in it.olds if name.startswith("callbacks[")]:
-        it.move(name, {"save_checkpoint_steps": "run.save_every", "keep_checkpoint_max": "run.keep"}.get(name.rpartition(".")[2], "none"))
+        new = {"save_checkpoint_steps": "run.save_every", "keep_checkpoint_max": "run.keep"}.get(name.rpartition(".")[2])
+        if new:
+            it.move(name, new)
     longest = MODEL + "seq_length" if MODEL + "seq_length" in it.olds else "seq_length"
     it.move(longest, "data.max_length")
     it.add("data.overlength", "truncate", "the old program cut longer samples without a word; cuts are counted now")
     {"ppo": _ppo, "dpo": _dpo, "reward": _reward}[it.stage](it, devices)
     _known_mistakes(it, given)
     it.drop_all(REASONS)
-    it.add("data.train", ["train.jsonl"], "the old file names mindrecord; name the JSON lines they were made from")
+    it.add("data.train", ["train.jsonl"], "the old file names MindRecord files; name the JSON lines they were made from")
 
 
 def _model(it: Conversion) -> str:
@@ -148,7 +150,7 @@ def _ppo(it: Conversion, devices: int) -> None:
     _pretrain(it)
     _ppo_rate(it)
     _sampling(it)
-    it.move("load_rm_checkpoint", "reward.model", lambda value: "runs/reward/model", "a MindSpore checkpoint: train a reward model anew")
+    it.move("load_rm_checkpoint", "reward.model", lambda value: "runs/reward/model", "a reward model's folder belongs here")
     it.add("reward.model", "runs/reward/model", "where `trueline reward` leaves it with run.output=runs/reward")
     it.add("run.output", "runs/ppo", "a place for it")
     it.drop("optimizer", PPO_REASONS["optimizer"])

@@ -1,6 +1,6 @@
 """`trueline import`: another program's configuration becomes ours, checked like any other, with an account of every key.
 
-Left out: weights (see `trueline export`), data files (`trueline check` reads them as they are), DeepSpeed's settings.
+Left out: weights (`trueline convert` and `export`), data files (`trueline check` reads them as they are), DeepSpeed's settings.
 """
 
 from collections import defaultdict
@@ -30,9 +30,7 @@ def run(files: Sequence[str], out: str | None, model: str | None, devices: int) 
         raise UserError(f"--out {out} is already there; name another file")
     notes: list[str] = []
     given, scripts = read_old(files, notes)
-    it = convert(given, scripts, ", ".join(files), devices)
-    if model:
-        it.settings["model.path"] = model
+    it = convert(given, scripts, ", ".join(files), devices, model)
     it.warnings = [*(note for note in notes if "aliases" not in note), *it.warnings]  # an alias repeats what was read where it was defined
     text = f"# From {', '.join(files)} ({it.title}), by `trueline import`.\n" + write(nested(it))
     from_any(STAGES[it.stage], nested(it))
@@ -44,20 +42,20 @@ def run(files: Sequence[str], out: str | None, model: str | None, devices: int) 
         print(f"\n{name} (--out {name} writes it):\n\n{text}", end="")
 
 
-def convert(given: dict[str, list[Old]], scripts: str, files: str, devices: int) -> Conversion:
+def convert(given: dict[str, list[Old]], scripts: str, files: str, devices: int, model: str | None = None) -> Conversion:
     """Tells the program the keys belong to, and converts them."""
     beside = {name: olds for name, olds in given.items() if _is_deepspeed(olds, given)}
     rest = {name: olds for name, olds in given.items() if name not in beside}
     if any(name.startswith(("training_args.", "data_config.")) for name in rest):
-        it = _conversion(legacy_glm4.TITLE, "sft", rest)
+        it = _conversion(legacy_glm4.TITLE, "sft", rest, model)
         legacy_glm4.convert(it, devices)
     elif any(name.startswith("model.model_config.") for name in rest) or any(name in rest for name in legacy_mindrlhf.PPO_KEYS):
         stage = legacy_mindrlhf.stage_of(rest)
-        it = _conversion(legacy_mindrlhf.TITLES[stage], stage, rest)
+        it = _conversion(legacy_mindrlhf.TITLES[stage], stage, rest, model)
         legacy_mindrlhf.convert(it, devices, rest)
     elif {"model_name_or_path", "dataset", "finetuning_type"} & set(rest):
         stage = legacy_chatglm.stage_of(rest, scripts)
-        it = _conversion(legacy_chatglm.TITLE, stage, rest)
+        it = _conversion(legacy_chatglm.TITLE, stage, rest, model)
         legacy_chatglm.convert(it, devices)
     elif beside:
         raise UserError(
@@ -75,10 +73,12 @@ def _is_deepspeed(olds: list[Old], given: dict[str, list[Old]]) -> bool:
     return all(old.where.rpartition(":")[0] in files for old in olds)
 
 
-def _conversion(title: str, stage: str, given: Mapping[str, list[Old]]) -> Conversion:
+def _conversion(title: str, stage: str, given: Mapping[str, list[Old]], model: str | None) -> Conversion:
     it = Conversion(title, stage, frozenset(describe(STAGES[stage])), {name: olds[-1] for name, olds in given.items()})
     for olds in given.values():
         it.dropped += [(old, f"{olds[-1].where} goes before it") for old in olds[:-1]]
+    if model:
+        it.add("model.path", model, "--model")
     return it
 
 
@@ -114,8 +114,8 @@ def account(it: Conversion, name: str) -> list[str]:
             *(f"  * {text}" for text in it.warnings),
         ]
     lines += ["", "Now:", f"  trueline {it.stage} {name}"]
-    if it.evaluate:
-        settings = " ".join(f"{key}={written(value)}" for key, value in it.evaluate.items())
+    if it.evaluate and (it.evaluate.get("data.eval") or it.settings.get("data.eval")):
+        settings = " ".join(f"{key}={written(value)}" for key, value in {"data.eval": it.settings.get("data.eval"), **it.evaluate}.items())
         folder = it.settings.get("run.output", "RUN")
         lines.append(f"  trueline evaluate model.path={folder}/model run.output={folder}-evaluate {settings}")
     return lines
