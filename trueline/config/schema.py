@@ -88,7 +88,8 @@ class DataConfig(Config):
 
     def conflicts(self) -> list[str]:
         found = {
-            "data.eval and data.eval_fraction exclude each other; keep the held-out files or the fraction": self.eval and self.eval_fraction,
+            "data.eval and data.eval_fraction exclude each other; keep the held-out files or the fraction":
+                self.eval and self.eval_fraction,
             f"data.weights has {len(self.weights)} numbers for {len(self.train)} entries of data.train; give one for each":
                 self.weights and len(self.weights) != len(self.train),
         }
