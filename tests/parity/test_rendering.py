@@ -15,9 +15,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trueline.data.conversation import Conversation, Message
 from trueline.data.formats import load_conversations
 from trueline.data.tokenizer import Tokenizer, load_tokenizer
-from trueline.families.glm4 import GLM4
 from trueline.families.chatglm2 import CHATGLM2, CHATGLM3
-from trueline.families.glm4 import GLM4_0414
+from trueline.families.glm4 import GLM4, GLM4_0414
 from trueline.families.llama import LLAMA
 from trueline.families.mistral import MISTRAL
 from trueline.families.qwen2 import QWEN2

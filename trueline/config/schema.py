@@ -234,9 +234,11 @@ class GreedySamplingConfig(SamplingConfig):
     """Logits are divided by this before anything else; 0 takes the most likely token."""
 
 
-class GenerateConfig(GreedySamplingConfig):
+class GenerateConfig(SamplingConfig):
     """`trueline generate` and `trueline chat`: keys without a section, given on the command line."""
 
+    temperature: float = Field(0.0, ge=0)
+    """Logits are divided by this before anything else; 0 takes the most likely token."""
     n: int = Field(1, ge=1)
     """Answers per prompt."""
     seed: int = Field(0, ge=0, lt=2**63)

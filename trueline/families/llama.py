@@ -46,27 +46,33 @@ PLAIN_ENDS = ("</s>", "<|end_of_text|>", "<|endoftext|>")
 
 def read_config(config: dict[str, Any]) -> DecoderConfig:
     """transformers' LlamaConfig."""
-    keys = Settings(config, "llama")
+    return read_sizes(Settings(config, "llama"), None, 11008, window=None)
+
+
+def read_sizes(keys: Settings, kv_heads: int | None, mlp_size: int, window: int | None) -> DecoderConfig:
+    """Llama's, or Mistral's with other defaults and one `window` for every layer."""
     hidden = keys.size("hidden_size", 4096)
-    heads, kv_heads, head_dim = keys.heads(32, None, hidden)
+    heads, kv_heads, head_dim = keys.heads(32, kv_heads, hidden)
     theta, share, scaling = keys.rope(1.0)
     if share != 1.0:
-        keys.refuse("partial_rotary_factor: a llama model turns whole heads")
+        keys.refuse(f"partial_rotary_factor: a {keys.family} model turns whole heads")
+    layers = keys.size("num_hidden_layers", 32)
     bias = keys.flag("attention_bias", False)
     decoder = DecoderConfig(
         vocab_size=keys.size("vocab_size", 32000),
         hidden_size=hidden,
-        num_layers=keys.size("num_hidden_layers", 32),
+        num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_size=keys.size("intermediate_size", 11008),
+        mlp_size=keys.size("intermediate_size", mlp_size),
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         qkv_bias=bias,
         o_bias=bias,
         mlp_bias=keys.flag("mlp_bias", False),
         rope_theta=theta,
         rope_scaling=scaling,
+        windows=(window,) * layers if window else (),
         tied_embeddings=keys.flag("tie_word_embeddings", False),
         init_std=keys.number("initializer_range", 0.02),
     )

@@ -6,7 +6,7 @@ from trueline.data.conversation import Conversation
 from trueline.data.sample import Sample
 from trueline.errors import UserError
 from trueline.families.family import Encoder, Family
-from trueline.families.llama import LLAMA
+from trueline.families.llama import LLAMA, read_sizes
 from trueline.families.settings import Settings
 from trueline.families.transcript import Transcript, marked
 from trueline.model.decoder import DecoderConfig
@@ -15,30 +15,7 @@ from trueline.model.decoder import DecoderConfig
 def read_config(config: dict[str, Any]) -> DecoderConfig:
     """transformers' MistralConfig: every layer has the window, null is none."""
     keys = Settings(config, "mistral")
-    hidden, layers = keys.size("hidden_size", 4096), keys.size("num_hidden_layers", 32)
-    heads, kv_heads, head_dim = keys.heads(32, 8, hidden)
-    theta, share, scaling = keys.rope(1.0)
-    if share != 1.0:
-        keys.refuse("partial_rotary_factor: a mistral model turns whole heads")
-    window = config.get("sliding_window", 4096)
-    decoder = DecoderConfig(
-        vocab_size=keys.size("vocab_size", 32000),
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        mlp_size=keys.size("intermediate_size", 14336),
-        norm_eps=keys.number("rms_norm_eps", 1e-6),
-        qkv_bias=False,
-        rope_theta=theta,
-        rope_scaling=scaling,
-        windows=() if window is None else (keys.size("sliding_window", 4096),) * layers,
-        tied_embeddings=keys.flag("tie_word_embeddings", False),
-        init_std=keys.number("initializer_range", 0.02),
-    )
-    keys.check()
-    return decoder
+    return read_sizes(keys, 8, 14336, None if config.get("sliding_window", 4096) is None else keys.size("sliding_window", 4096))
 
 
 def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:

@@ -378,14 +378,13 @@ def adapter_template(folder: Path) -> str:
 def _note(folder: Path, name: str) -> dict[str, Any]:
     """A section of our own file; empty in a folder that PEFT wrote."""
     section = _read_json(folder / OURS).get(name, {}) if (folder / OURS).is_file() else {}
-    if not isinstance(section, dict):
-        raise UserError(f"{folder / OURS}: {name}: expected an object, found {_short(section)}")
-    return section
+    if isinstance(section, dict):
+        return section
+    raise UserError(f"{folder / OURS}: {name}: expected an object, found {_short(section)}")
 
 
 def _fingerprint(folder: Path) -> str | None:
-    found = _note(folder, "base").get("fingerprint")
-    return found if isinstance(found, str) else None
+    return found if isinstance(found := _note(folder, "base").get("fingerprint"), str) else None
 
 
 def _number(file: Path, options: dict[str, Any], key: str, usual: float) -> float:

@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: ChatML. Trained is what the assistant says and its `<|im_end|>`, never the newline after it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from trueline.data.conversation import Conversation, Message
@@ -11,6 +11,9 @@ from trueline.families.llama import ATTENTION, EMBEDDING, ENDING, MLP, TARGETS
 from trueline.families.settings import Settings
 from trueline.families.transcript import Tag, Transcript, marked
 from trueline.model.decoder import DecoderConfig
+
+Turn = tuple[Message, ...]
+Parts = Sequence[str | Tag]
 
 # facts of the published templates, needed token for token
 SYSTEM = "You are a helpful assistant."
@@ -81,52 +84,62 @@ def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, l
     Qwen2 has no tool template of its own: tools, calls and results have Qwen2.5's form. Trained: see the module (`last_only`: the last
     turn alone). `open` ends with the assistant's header, and trains nothing.
     """
-    messages = conversation.messages
-    system = messages[0].content if messages and messages[0].role == "system" else _default_system(tokenizer)
-    return _render(system, conversation, tokenizer, open, last_only)
+    return write_chatml(conversation, tokenizer, open, last_only, _default_system(tokenizer))
 
 
 def render_chatml(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
     """The same without a default system message."""
-    messages = conversation.messages
-    system = messages[0].content if messages and messages[0].role == "system" else None
-    return _render(system, conversation, tokenizer, open, last_only)
+    return write_chatml(conversation, tokenizer, open, last_only)
 
 
-def write_chatml(out: Transcript, system: str | None, tools: Sequence[dict[str, Any]]) -> bool:
-    """The system message with the tools, if there is either; returns whether there was."""
-    listed: list[str | Tag] = [part for tool in tools for part in ("\n", json.dumps(tool, ensure_ascii=False))]
-    if listed:
+def answer(turns: Sequence[Turn], i: int) -> tuple[Parts, Parts]:
+    """What stands behind the header of turn `i`, the assistant's: first what belongs to a prompt, then what is trained."""
+    turn = turns[i]
+    return (), calls(turn) if turn[0].tool else (turn[0].content,)
+
+
+def write_chatml(
+    conversation: Conversation,
+    tokenizer: Encoder,
+    open: bool,
+    last_only: bool,
+    default: str | None = None,
+    answer: Callable[[Sequence[Turn], int], tuple[Parts, Parts]] = answer,
+    opening: Parts = (),
+) -> Sample:
+    """ChatML with tools in the system message; `default` stands for a missing one, `opening` behind the header that ends a prompt."""
+    out, begun = Transcript(tokenizer), False
+    messages = [m for m in conversation.messages if m.role != "system"]
+    system = conversation.messages[0].content if len(messages) < len(conversation.messages) else default
+    tools: list[str | Tag] = [part for tool in conversation.tools for part in ("\n", json.dumps(tool, ensure_ascii=False))]
+    if tools:
         before = TOOLS_BEFORE if system is not None else (str(TOOLS_BEFORE[0]).lstrip("\n"), *TOOLS_BEFORE[1:])
-        listed = [*before, *listed, *TOOLS_AFTER]
-    if system is None and not listed:
-        return False
-    out.control("<|im_start|>")
-    out.text("system\n", system or "", *listed)
-    out.control("<|im_end|>")
-    return True
+        tools = [*before, *tools, *TOOLS_AFTER]
 
-
-def _render(system: str | None, conversation: Conversation, tokenizer: Encoder, open: bool, last_only: bool) -> Sample:
-    out = Transcript(tokenizer)
-    begun = write_chatml(out, system, conversation.tools)
-    for turn, trained in marked([m for m in conversation.messages if m.role != "system"], open, last_only):
+    def header(*parts: str | Tag) -> None:
+        nonlocal begun
         out.text("\n" if begun else "")
-        begun = True
         out.control("<|im_start|>")
+        out.text(*parts)
+        begun = True
+
+    if system is not None or tools:
+        header("system\n", system or "", *tools)
+        out.control("<|im_end|>")
+    found = list(marked(messages, open, last_only))
+    for i, (turn, trained) in enumerate(found):
         if turn[0].role == "assistant":
-            # apart from what follows: in generation, too, the answer begins after this newline
-            out.text("assistant\n")
-            out.text(*calls(turn) if turn[0].tool else (turn[0].content,), trained=trained)
+            given, said = answer([turn for turn, _ in found], i)
+            # apart from what follows: in generation, too, the answer begins after this
+            header("assistant\n", *given)
+            out.text(*said, trained=trained)
         elif turn[0].role == "observation":
-            out.text("user", *(part for m in turn for part in ("\n", ANSWER, f"\n{m.content}\n", ANSWER_END)))
+            header("user", *(part for m in turn for part in ("\n", ANSWER, f"\n{m.content}\n", ANSWER_END)))
         else:
-            out.text(f"{turn[0].role}\n{turn[0].content}")
+            header(f"{turn[0].role}\n{turn[0].content}")
         out.control("<|im_end|>", trained)
     if open:
-        out.text("\n" if begun else "")
-        out.control("<|im_start|>")
-        out.text("assistant\n")
+        header("assistant\n", *opening)
     return out.sample()
 
 

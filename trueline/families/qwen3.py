@@ -1,13 +1,14 @@
 """Qwen3: Qwen2.5's ChatML without a default system message, and thoughts between `<think>` and `</think>` before the last answer."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from trueline.data.conversation import Conversation, Message
+from trueline.data.conversation import Conversation
 from trueline.data.sample import Sample
 from trueline.families.family import Encoder, Family, Weight
-from trueline.families.qwen2 import QWEN2, calls, read_sizes, write_chatml
+from trueline.families.qwen2 import QWEN2, Parts, Turn, calls, read_sizes, write_chatml
 from trueline.families.settings import Settings
-from trueline.families.transcript import Tag, Transcript, marked
+from trueline.families.transcript import Tag
 from trueline.model.decoder import DecoderConfig
 
 THINK, THINK_END = Tag("<think>"), Tag("</think>")
@@ -19,52 +20,34 @@ def read_config(config: dict[str, Any]) -> DecoderConfig:
     return read_sizes(Settings(config, "qwen3"), head_dim=128)
 
 
-def render(
-    conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False, thinking: bool = True
-) -> Sample:
+def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
     """The published template, less the newline after the last `<|im_end|>`.
 
     Thoughts are kept behind the user's last message only, and the last answer always has its block, empty if it has no thoughts: that is
-    what the model is trained to write. `open` ends with the assistant's header; without `thinking` the empty block is part of the prompt
-    (their enable_thinking=False), and thoughts in the data are left out.
+    what the model is trained to write. `open` ends with the assistant's header.
     """
-    out = Transcript(tokenizer)
-    messages = [m for m in conversation.messages if m.role != "system"]
-    system = conversation.messages[0].content if len(messages) < len(conversation.messages) else None
-    begun = write_chatml(out, system, conversation.tools)
-    found = list(marked(messages, open, last_only))
-    asked = max((i for i, (turn, _) in enumerate(found) if turn[0].role == "user"), default=-1)
-    for i, (turn, trained) in enumerate(found):
-        out.text("\n" if begun else "")
-        begun = True
-        out.control("<|im_start|>")
-        if turn[0].role == "assistant":
-            thought, said = _said(turn, i == len(found) - 1)
-            out.text("assistant\n")
-            if i > asked and thinking and (i == len(found) - 1 or thought):
-                said = [THINK, f"\n{thought}\n", THINK_END, "\n\n", *said]
-            elif i == len(found) - 1:
-                out.text(*NO_THOUGHT)
-            out.text(*said, trained=trained)
-        elif turn[0].role == "observation":
-            out.text("user", *(part for m in turn for part in ("\n", Tag("<tool_response>"), f"\n{m.content}\n", Tag("</tool_response>"))))
-        else:
-            out.text(f"{turn[0].role}\n{turn[0].content}")
-        out.control("<|im_end|>", trained)
-    if open:
-        out.text("\n" if begun else "")
-        out.control("<|im_start|>")
-        out.text("assistant\n", *(() if thinking else NO_THOUGHT))
-    return out.sample()
+    return write_chatml(conversation, tokenizer, open, last_only, answer=_thinking)
 
 
 def render_no_thinking(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
-    """`render` with enable_thinking=False."""
-    return render(conversation, tokenizer, open, last_only, thinking=False)
+    """Their enable_thinking=False: the empty block is part of the prompt, and thoughts in the data are left out."""
+    return write_chatml(conversation, tokenizer, open, last_only, answer=_not_thinking, opening=NO_THOUGHT)
 
 
-def _said(turn: tuple[Message, ...], last: bool) -> tuple[str, list[str | Tag]]:
-    """An answer's thoughts, "" without any, and the rest of it."""
+def _thinking(turns: Sequence[Turn], i: int) -> tuple[Parts, Parts]:
+    thought, said = _said(turns, i)
+    asked = max(k for k, turn in enumerate(turns) if turn[0].role == "user")
+    block = (THINK, f"\n{thought}\n", THINK_END, "\n\n") if i > asked and (i == len(turns) - 1 or thought) else ()
+    return (), (*block, *said)
+
+
+def _not_thinking(turns: Sequence[Turn], i: int) -> tuple[Parts, Parts]:
+    return NO_THOUGHT if i == len(turns) - 1 else (), _said(turns, i)[1]
+
+
+def _said(turns: Sequence[Turn], i: int) -> tuple[str, Parts]:
+    """The thoughts of turn `i`, "" without any, and the rest of it."""
+    turn, last = turns[i], i == len(turns) - 1
     if turn[0].tool:
         return "", calls(turn)
     before, mark, after = turn[0].content.rpartition("</think>")
