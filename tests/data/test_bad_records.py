@@ -74,7 +74,7 @@ ROWS: list[tuple[str, str | bytes, str | int, str]] = [
     ("no answer", chat(U, A, '{"role": "user", "content": "x"}'), '{"role": "user", "content": "x"}', "conversation ends with user"),
     ("system twice", chat(*['{"role": "system", "content": "s"}'] * 2, U, A), 51, "system message must be the first and only one"),
     ("system late", chat(U, '{"role": "system", "content": "s"}', A), '{"role": "system"', "system message must be the first"),
-    ("observation first", chat('{"role": "tool", "content": "x"}', A), '{"role": "tool"', "first turn must be the user's, found observation"),
+    ("observation first", chat('{"role": "tool", "content": "x"}', A), '{"role": "tool"', "first turn must be the user's, found obs"),
     ("tools no list", chat(U, A, more=', "tools": {}'), "{}}", "tools: an object, expected a list of tools"),
     ("a tool without a name", chat(U, A, more=', "tools": [{"function": {}}]'), '{"function"', "tools[0]: not a tool, expected"),
     ("a bad call", chat(U, '{"role": "assistant", "tool_calls": [{"id": 1}]}'), '{"id"', "tool_calls[0]: not a tool call, expected"),

@@ -205,7 +205,8 @@ def test_fix_and_quarantine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert caught.value.problems == [f"{path}:2: completion or response: missing, expected text"] and not list(out.iterdir())
     assert check([path], None, None, fix=str(out), quarantine=str(aside)) == 0
     printed = capsys.readouterr().out
-    assert f"{path}: 2 records copied to {out / 'x.jsonl'}\n  fixed 1 x blanks around a text\n  fixed 1 x number instead of text\n" in printed
+    fixes = "  fixed 1 x blanks around a text\n  fixed 1 x number instead of text\n"
+    assert f"{path}: 2 records copied to {out / 'x.jsonl'}\n{fixes}" in printed
     assert f"{out / 'x.jsonl'}: schema columns, 2 conversations" in printed
     assert (aside / "x.jsonl").read_text() == '{"prompt": "q"}\n'
     with pytest.raises(UserError, match="is the file itself; name another folder"):
