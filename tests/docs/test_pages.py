@@ -126,6 +126,12 @@ def test_every_schema_has_an_example_that_loads(tmp_path: Path) -> None:
     assert shown == set(SCHEMAS), set(SCHEMAS) - shown
 
 
+def test_the_example_of_a_table_loads(tmp_path: Path) -> None:
+    (block,) = (block for block in blocks("docs/data.md") if block.language == "csv")
+    (tmp_path / "x.csv").write_text(block.text, encoding="utf-8")
+    assert len(load_conversations([str(tmp_path / "x.csv")])) == len(block.text.splitlines()) - 1
+
+
 def test_the_table_of_uses_is_the_program_s() -> None:
     rows = {names_in(row[0])[0]: [cell == "yes" for cell in row[2:5]] for row in table("docs/data.md", "schema")}
     assert rows == {name: [use in schema.uses for use in ("answer", "pair", "prompt")] for name, schema in SCHEMAS.items()}

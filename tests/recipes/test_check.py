@@ -1,6 +1,7 @@
 """`trueline check` counts what is there, names what is wrong, and shows a record as the model will see it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,69 @@ def test_published_data_with_the_published_tokenizer(shared: Path, capsys: pytes
     assert "schema preference, 2,383 pairs" in printed and "20 pairs left out" in printed
     trained = {line.split(",")[0].strip(): line.split()[3] for line in printed.splitlines() if ", trained" in line}
     assert trained == {"chosen": "60", "rejected": "6"}
+
+
+def test_length_bias_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [(4, 2), (6, 2), (5, 5), (1, 3)]
+    path = write(tmp_path, *({"prompt": str(i), "chosen": "a" * c, "rejected": "b" * r} for i, (c, r) in enumerate(sizes)))
+    assert check([path], None, None) == 0
+    sentence = '50% of the pairs (median 5 and 3 characters); "the longer one wins" would be right in 62%'
+    assert f"chosen is the longer answer in {sentence}" in capsys.readouterr().out
+
+
+def test_warnings_do_not_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pair = {"prompt": "What is the answer, please?", "response": "这个问题的答案是四十二。"}
+    path = write(tmp_path, pair, pair, {"prompt": "q <|user|>", "response": "?"})
+    assert check([path], None, None) == 0
+    printed = capsys.readouterr().out
+    assert f"1 prompt in {path} more than once: first {path}:1 and {path}:2\n1 record in {path} more than once" in printed
+    assert f"1 record with an answer that says next to nothing: {path}:3\n" in printed
+    assert f"2 records with an answer in another script than its prompt: {path}:1 (Latin and Han), {path}:2 (Latin and Han)\n" in printed
+    assert f"1 record with text that looks like a control token; it is encoded as plain text: {path}:3 <|user|>\n" in printed
+
+
+def test_overlap_of_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "eval"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, {"prompt": "q", "response": name}, {"prompt": name, "response": "a"})
+    check([str(tmp_path / "train"), str(tmp_path / "eval" / "*.jsonl")], None, None)
+    one, other = (tmp_path / name / "x.jsonl" for name in ("train", "eval"))
+    printed = capsys.readouterr().out
+    assert f"1 prompt of {other} also in {one}: first {one}:1 and {other}:1\n" in printed and "1 record of" not in printed
+
+
+def test_fix_and_quarantine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, {"prompt": "q", "response": "a\n"}, {"prompt": "q"}, {"prompt": "q2", "response": 3})
+    out, aside = tmp_path / "out", tmp_path / "aside"
+    with pytest.raises(UserError, match="2 problems in the data"):
+        check([path], None, None, quarantine=str(aside))
+    assert (aside / "x.jsonl").read_text() == '{"prompt": "q"}\n{"prompt": "q2", "response": 3}\n'
+    assert f"{path}: 2 bad records copied to {aside / 'x.jsonl'}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 problem cannot be fixed without a choice; correct them, or add --quarantine DIR") as caught:
+        check([path], None, None, fix=str(out))
+    assert caught.value.problems == [f"{path}:2: completion or response: missing, expected text"] and not list(out.iterdir())
+    assert check([path], None, None, fix=str(out), quarantine=str(aside)) == 0
+    printed = capsys.readouterr().out
+    fixes = "  fixed 1 x blanks around a text\n  fixed 1 x number instead of text\n"
+    assert f"{path}: 2 records copied to {out / 'x.jsonl'}\n{fixes}" in printed
+    assert f"{out / 'x.jsonl'}: schema columns, 2 conversations" in printed
+    assert (aside / "x.jsonl").read_text() == '{"prompt": "q"}\n'
+    with pytest.raises(UserError, match="is the file itself; name another folder"):
+        check([path], None, None, fix=str(tmp_path))
+    with pytest.raises(UserError, match="several files would be written as x.jsonl"):
+        check([path, str(out)], None, None, fix=str(tmp_path / "two"))
+    assert check([path], None, None, fix=str(tmp_path / "single.jsonl"), quarantine=str(aside)) == 0
+
+
+def test_a_record_as_a_page(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path, {"prompt": "<script>alert(1)</script>", "response": "b & c\x1b"})
+    check([path], str(model), 1, html=str(tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text("utf-8")
+    assert "<script" not in page and "&lt;" in page and "\x1b" not in page and "http" not in page
+    assert page.count("<section>") == 2 and "when serving: " in page
+    trained = "".join(re.findall(r"<u>(.*?)</u>", page))
+    assert trained == "b &amp; c\\x1b&lt;|im_end|&gt;"
+    check([path], None, 1, html=str(tmp_path / "plain.html"))
+    assert "assistant: </b>b &amp; c\\x1b" in (tmp_path / "plain.html").read_text("utf-8")
+    with pytest.raises(UserError, match="--html needs --show N"):
+        check([path], None, None, html=str(tmp_path / "page.html"))

@@ -11,8 +11,9 @@ from typing import Any
 from trueline.config.load import to_yaml
 from trueline.config.schema import EvaluateConfig, MeshConfig, RankingConfig
 from trueline.data.cache import TokenPrompt, lengths
-from trueline.data.formats import load_file
-from trueline.data.reader import Problems
+from trueline.data.files import find_files
+from trueline.data.formats import FileValues
+from trueline.data.record import Problems
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan
 from trueline.errors import UserError
@@ -98,11 +99,10 @@ def open_score(config: EvaluateConfig, opened: Opened) -> Iterator[Scores | None
 
 def file_use(config: EvaluateConfig) -> str:
     """What the first held-out file is made for: answers, pairs, or prompts alone."""
-    file = (config.data.eval or config.data.train)[0]
-    problems = Problems()
-    use = load_file(file, config.data.format, problems, [])[1]
-    problems.stop()
-    return use
+    file = find_files((config.data.eval or config.data.train)[:1])[0][0]
+    values = FileValues[Any](file, config.data.format, Problems(), [])  # its problems are told when all of it is read
+    next(iter(values), None)
+    return values.use
 
 
 def pair_values(config: EvaluateConfig, opened: Opened, pairs: Sequence[Pair], world: World) -> dict[str, float]:

@@ -172,6 +172,8 @@ def _prepare(data: DataConfig, seed: int, source: Source[T]) -> Prepared[T]:
         held_out, train, entry = train.take(chosen.nonzero()[0]), train.take((~chosen).nonzero()[0]), entry[~chosen]
     if data.weights:  # after the held-out records are gone: a record that occurs twice must not be in both
         train = train.take(mixed(entry, data.weights, seed))
+        if not len(train):
+            raise UserError(f"data.weights leaves no record of {', '.join(data.train)}; give larger numbers")
     if data.limit is not None:
         train = train[: data.limit]
     return Prepared(train, held_out, notes, files)
