@@ -11,8 +11,10 @@ import trueline as api
 from tests.recipes.commands import Commands
 from tests.recipes.reading import metrics, records, status
 from tests.recipes.toys import KINDS, Toys, lines
+from trueline.data.answers import same_answer
 from trueline.data.formats import load_conversations, load_preferences
 from trueline.data.sample import Sample
+from trueline.recipes.measures import open_text_measure
 
 
 @pytest.fixture
@@ -115,3 +117,66 @@ def test_nothing_is_half_written(toys: Toys, trueline: Commands, config: str, tm
     for (setting, other), said in zip(cases.items(), words, strict=True):
         assert said in trueline("evaluate", config, setting, other).refused()
         assert not (tmp_path / "run").exists(), setting
+
+
+def test_text_and_answers_beside_references(toys: Toys, trueline: Commands, config: str, tmp_path: Path) -> None:
+    questions = [{"question": f"say {word}", "answer": f"so it is\n#### {i}"} for i, word in enumerate(["red", "blue", "one", "two"])]
+    held_out = lines(tmp_path / "held.jsonl", questions)
+    trueline("evaluate", config, f"data.eval={held_out}", "metrics.text=characters", "metrics.match=true").ok()
+    (line,) = metrics(tmp_path / "run", "eval")
+    answers = records(tmp_path / "run" / "samples.jsonl")
+    said, wanted = [a["response"] for a in answers], [q["answer"] for q in questions]
+    means, rows = open_text_measure("characters")(said, wanted)
+    assert {name: line[name] for name in means} == pytest.approx(means) and [a["reference"] for a in answers] == wanted
+    assert [{name: a[name] for name in row} for a, row in zip(answers, rows, strict=True)] == rows
+    assert [a["match"] for a in answers] == [float(same_answer(s, w)) for s, w in zip(said, wanted, strict=True)]
+    assert line["match"] == sum(a["match"] for a in answers) / 4
+    some = lines(tmp_path / "some.jsonl", [{"prompt": "say red", "gold": 1}, {"prompt": "say blue"}])
+    refused = trueline("evaluate", config, f"data.eval={some}", "metrics.match=true", "metrics.reference=gold", "run.output=x").refused()
+    assert "metrics.reference: 1 of 2 records have no text or number in gold" in refused
+    assert "set generate=true" in trueline("evaluate", config, "metrics.match=true", "generate=false", "run.output=x").refused()
+
+
+def test_same_answer_is_a_reward(toys: Toys, trueline: Commands, config: str, tmp_path: Path) -> None:
+    trained = [f"data.train={lines(tmp_path / 'q.jsonl', [{'question': 'say red', 'answer': '5'}] * 4)}", "reward.function=same_answer"]
+    trueline("ppo", toys.config("ppo"), *trained, f"run.output={tmp_path / 'ppo'}", "run.steps=1").ok()
+    assert all(0 <= line["score"] <= 1 for line in metrics(tmp_path / "ppo", "train"))
+    bare = lines(tmp_path / "bare.jsonl", [{"prompt": "say red"}])
+    refused = trueline("evaluate", config, f"data.eval={bare}", "reward.function=same_answer", "run.output=x").refused()
+    assert "no record has an answer" in refused
+
+
+def test_win_rate_over_another_model_or_its_answers(toys: Toys, trueline: Commands, config: str, tmp_path: Path) -> None:
+    longer = f"reward.function={toys.data('judges.py')}:shorter"
+    other = [f"model.path={toys.model('llama')}", f"run.output={tmp_path / 'other'}"]
+    trueline("evaluate", config, *other).ok()
+    theirs = records(tmp_path / "other" / "samples.jsonl")
+    trueline("evaluate", config, longer, f"metrics.against={tmp_path / 'other' / 'samples.jsonl'}").ok()
+    (line,) = metrics(tmp_path / "run", "eval")
+    answers = records(tmp_path / "run" / "samples.jsonl")
+    assert [a["other_response"] for a in answers] == [t["response"] for t in theirs]
+    lengths = [(len(a["response"]), len(t["response"])) for a, t in zip(answers, theirs, strict=True)]
+    assert (line["wins"], line["losses"]) == (sum(a < b for a, b in lengths), sum(a > b for a, b in lengths))
+    assert line["wins"] + line["ties"] + line["losses"] == 12 and line["win_rate_low"] < line["win_rate"] < line["win_rate_high"]
+    trueline("evaluate", config, longer, f"metrics.against={toys.model('llama')}", f"run.output={tmp_path / 'live'}").ok()
+    (live,) = metrics(tmp_path / "live", "eval")
+    assert {name: live[name] for name in line} == line
+    trueline("evaluate", config, longer, f"metrics.against={toys.model()}", f"run.output={tmp_path / 'self'}").ok()
+    assert metrics(tmp_path / "self", "eval")[0]["ties"] == 12
+    short = lines(tmp_path / "short.jsonl", theirs[:3])
+    refused = trueline("evaluate", config, longer, f"metrics.against={short}", "run.output=x").refused()
+    assert "holds 3 answers, not to the 12 prompts" in refused
+    assert "compares by reward" in trueline("evaluate", config, f"metrics.against={short}", "run.output=x").refused()
+
+
+def test_win_rate_by_a_reward_model(toys: Toys, trueline: Commands, config: str, tmp_path: Path) -> None:
+    """Answers from a file get the scores that the same answers got when the model gave them."""
+    training = [f"run.output={tmp_path / 'reward'}", "run.steps=4"]
+    trueline("reward", toys.config("reward"), *training, *KINDS["lora"]).ok()
+    judged = [f"reward.model={tmp_path / 'reward' / 'model'}", "sampling.max_new_tokens=4"]
+    trueline("evaluate", config, *judged, f"metrics.against={toys.model('glm')}").ok()
+    live = records(tmp_path / "run" / "samples.jsonl")
+    trueline("evaluate", config, f"model.path={toys.model('glm')}", *judged, f"run.output={tmp_path / 'glm'}").ok()
+    theirs = records(tmp_path / "glm" / "samples.jsonl")
+    assert [a["other_score"] for a in live] == pytest.approx([t["score"] for t in theirs], abs=1e-4)
+    assert [a["other_response"] for a in live] == [t["response"] for t in theirs]

@@ -15,7 +15,7 @@ LIBRARIES = {
     "cli": {"typer"},
 }
 ORACLES = {"transformers", "peft", "accelerate", "datasets", "trl", "vllm"}
-OPTIONAL = {"torch.utils.tensorboard", "tensorboard", "torch_npu"}
+OPTIONAL = {"torch.utils.tensorboard", "tensorboard", "torch_npu", "jieba", "sacrebleu", "rouge_score"}
 STAGE_CONFIGS = {"StageConfig", "SftConfig", "RewardConfig", "DpoStageConfig", "PpoStageConfig", "EvaluateConfig", "STAGES"}
 
 

@@ -19,7 +19,8 @@ def declared(requirements: list[str]) -> set[str]:
 
 def test_every_import_is_declared() -> None:
     known = {IMPORT_NAMES.get(name, name).replace("-", "_") for name in declared(PROJECT["dependencies"])}
-    known |= {"trueline"} | set(sys.stdlib_module_names) | set(PROJECT["optional-dependencies"])
+    extras = PROJECT["optional-dependencies"]
+    known |= {"trueline", "tensorboard"} | set(sys.stdlib_module_names) | {name.replace("-", "_") for name in declared(extras["evaluate"])}
     undeclared = [f"{m}:{line} {n}" for m, tree in modules().items() for n, line in imports(tree) if n.split(".")[0] not in known]
     assert not undeclared, "\n".join(undeclared)
 
@@ -32,7 +33,7 @@ def test_torch_is_bounded_above() -> None:
 def test_constraints_pin_every_direct_dependency_and_no_build() -> None:
     assert not [pin for pin in PINS if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", pin)]
     extras = PROJECT["optional-dependencies"]
-    wanted = declared(PROJECT["dependencies"] + extras["test"] + extras["dev"]) - {"trueline"}
+    wanted = declared(PROJECT["dependencies"] + extras["test"] + extras["dev"] + extras["evaluate"]) - {"trueline"}
     pinned = {pin.split("==")[0].lower().replace("-", "_") for pin in PINS}
     assert not {name for name in wanted if name.replace("-", "_") not in pinned}
 

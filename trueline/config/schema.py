@@ -3,27 +3,14 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from trueline.config.metrics import MetricsConfig
+from trueline.config.section import Config as Config
+from trueline.config.section import refuse_conflicts
 
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Format = Literal["auto", "cvalues", "preference", "sharegpt", "messages", "ranked", "alpaca", "columns", "prompt"]
-
-
-class Config(BaseModel):
-    """Frozen, and any key it does not know is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    def conflicts(self) -> list[str]:
-        """Sentences about keys that do not go together, by their whole names (`load` points at them); asked for once all is there."""
-        return []
-
-
-def _refuse_conflicts(config: Config) -> None:
-    sections = [value for value in dict(config).values() if isinstance(value, Config)]
-    sentences = [sentence for part in (*sections, config) for sentence in part.conflicts()]
-    if sentences:
-        raise ValueError("\n".join(sentences))
 
 
 Files = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
@@ -197,7 +184,8 @@ class RewardSourceConfig(Config):
     model: str | None = None
     """Reward model folder (from `trueline reward`), or its adapter folder; or give function."""
     function: str | None = None
-    """`file.py:name`, called with the list of answers (and, if it has such parameters, prompts= and records=); returns one number each."""
+    """`same_answer` (1 if the final answer is the record's, else 0), or
+    `file.py:name`, called with the list of answers (and, if it has such parameters, prompts= and records=); returns one number each."""
     timeout: float = Field(60.0, gt=0)
     """Seconds one call of the function may take before its process is killed and the run stops."""
     scale: float = 1.0
@@ -296,7 +284,7 @@ class StageConfig(Config):
 
     @model_validator(mode="after")
     def _sound(self) -> "StageConfig":
-        _refuse_conflicts(self)
+        refuse_conflicts(self)
         return self
 
     def conflicts(self) -> list[str]:
@@ -392,12 +380,14 @@ class EvaluateConfig(Config):
     """Also answer the prompts."""
     reward: RewardSourceConfig | None = None
     """Score the answers with this."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is measured of the answers."""
     run: RunConfig
     """Where results go (metrics.jsonl, samples.jsonl); steps and epochs are not used."""
 
     @model_validator(mode="after")
     def _sound(self) -> "EvaluateConfig":
-        _refuse_conflicts(self)
+        refuse_conflicts(self)
         return self
 
     def conflicts(self) -> list[str]:

@@ -113,6 +113,11 @@ class Conversion:
         return self.olds.pop(name)
 
 
+def by_reason(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Why each key is dropped, from the keys (with spaces between) of each reason."""
+    return {name: why for why, names in reasons.items() for name in names.split()}
+
+
 def written(value: Any) -> str:
     """A value as on a command line."""
     if isinstance(value, bool) or value is None:

@@ -1,12 +1,9 @@
 """MindRLHF: model files for PPO, DPO and the reward model, and the keys of its PPOConfig. Defaults and mistakes are from its code."""
 
-from trueline.interchange.legacy import Conversion, Old
+from trueline.interchange.legacy import Conversion, Old, by_reason
 
 TITLES = {"ppo": "MindRLHF PPO", "dpo": "MindRLHF DPO", "reward": "MindRLHF reward model"}
 MODEL = "model.model_config."
-ARCHITECTURE = "read from the model's own config.json, for training and rollouts alike"
-MACHINE = "how MindSpore ran; one process or torchrun, nothing to set"
-PREPARED = "JSON lines are read as they are; `trueline convert` makes them of MindRecord files"
 PPO_KEYS = (
     "kl_coef",
     "init_kl_coef",
@@ -18,79 +15,64 @@ PPO_KEYS = (
     "vf_coef",
     "chunk_size",
 )
-DEAD = "the old program never read it"
-REASONS = {
-    MODEL.rstrip("."): ARCHITECTURE,
-    MODEL + "batch_size": "batch.sequences and rollout.running say it",
-    MODEL + "repetition_penalty": "rollouts are not penalised: the penalty would make their log-probabilities those of another model",
-    MODEL + "checkpoint_name_or_path": "a MindSpore checkpoint; `trueline convert` makes a model folder of it, --model names that",
-    MODEL + "pad_token_id": "there is no padding",
-    MODEL + "eos_token_id": "the stop tokens are the family's",
-    MODEL + "param_init_type": "model.dtype: auto",
-    MODEL + "compute_dtype": "model.dtype: auto",
-    MODEL + "use_past": "rollouts always keep keys and values",
-    MODEL + "alpha": "belongs to DPO",
-    MODEL + "beta": "belongs to DPO",
-    "model.arch": "told by the verb and the model's folder",
-    "arch": "told by the verb and the model's folder",
-    "trainer": "the verb says it",
-    "metric": "the verb says it",
-    "processor": "the tokenizer is the one in the model's folder",
-    "load_checkpoint": "a MindSpore checkpoint; `trueline convert` makes a model folder of it, --model names that",
-    "src_strategy": "there are no strategy files",
-    "src_strategy_path_or_dir": "there are no strategy files",
-    "auto_trans_ckpt": "there are no strategy files",
-    "only_save_strategy": "there are no strategy files",
-    "resume_training": "run.resume: auto goes on from the newest checkpoint that verifies",
-    "run_mode": "the verb says it",
-    "use_parallel": MACHINE,
-    "context": MACHINE,
-    "parallel": MACHINE,
-    "parallel_config": "sharding is set by mesh.*",
-    "micro_batch_interleave_num": MACHINE,
-    "moe_config": "no mixture of experts",
-    "recompute_config": "model.recompute covers whole layers",
-    "runner_config": MACHINE,
-    "runner_wrapper": "no loss scale is needed in bfloat16 and float32",
-    "train_dataset": PREPARED,
-    "train_dataset_task": PREPARED,
-    "eval_dataset": PREPARED,
-    "eval_dataset_task": PREPARED,
-    "do_eval": "held-out files are named in data.eval",
-    "eval_step_interval": "run.eval_every, once data.eval is set",
-    "eval_epoch_interval": "run.eval_every, once data.eval is set",
-    "callbacks": "losses, checkpoints and reports are written by every run",
-    "eval_callbacks": "losses, checkpoints and reports are written by every run",
-    "optimizer.type": "AdamW with float32 masters is the optimizer",
-    "lr_schedule.total_steps": "from the data and run.epochs",
-    "profile": MACHINE, "profile_start_step": MACHINE, "profile_stop_step": MACHINE, "init_start_profile": MACHINE,
-    "profile_communication": MACHINE, "profile_memory": MACHINE, "auto_tune": MACHINE, "filepath_prefix": MACHINE,
-    "autotune_per_step": MACHINE, "remote_save_url": MACHINE, "enable_compile_cache": MACHINE, "device_target": MACHINE,
-    "layer_scale": DEAD, "layer_decay": DEAD, "lr_scale": DEAD, "lr_scale_factor": DEAD,
-}  # fmt: skip
-PPO_REASONS = {
-    "init_kl_coef": "its controller was never called; ppo.kl_target turns ours on",
-    "target": "its controller was never called; ppo.kl_target turns ours on",
-    "horizon": "its controller was never called; ppo.kl_horizon sets ours",
-    "chunk_size": "rollout.running answers are generated at a time",
-    "ppo_epochs": "it pulled more batches and replayed none; epochs are the passes",
-    "vf_coef": "the critic's parameters are its own (critic.optimizer.lr), and AdamW does not feel the scale of a loss",
-    "optimizer": "AdamW with float32 masters is the optimizer",
-    "sink_size": MACHINE,
-    "is_shared_backbone": "the critic has an adapter of its own on the policy's trunk, or the model in critic.path",
-    "save_data_file": "experience is not written to disk",
-    "mind_dataset_dir": PREPARED,
-    "sft_path": "the model file given here", "sft_path_infer": "the model file given here", "sft_path_train": "the model file given here",
-    "reward_path": "reward.model names the folder", "critic_path": "critic.path names a folder, if the critic has one of its own",
-    "load_sft_checkpoint": REASONS["load_checkpoint"], "load_sft_checkpoint_infer": REASONS["load_checkpoint"],
-    "load_sft_checkpoint_train": REASONS["load_checkpoint"], "load_critic_checkpoint": "critic.path names a Hugging Face folder",
-    "load_ref_checkpoint": "the reference is the model as training starts",
-    "max_prompt_length": "a prompt may have data.max_length - sampling.max_new_tokens tokens",
-    "lr_schedule": "PPO never read the model file's schedule",
-    **dict.fromkeys(("lr", "weight_decay", "sceduler_name", "T_max", "eta_min", "scale_reward", "ref_mean", "ref_std",
-                     "gen_experience_kwargs",
-                     "total_steps", "checkpoint_interval", "eval_interval", "inference_micro_size"), DEAD),
-}  # fmt: skip
+REASONS = by_reason({
+    "read from the model's own config.json, for training and rollouts alike": "model.model_config",
+    "batch.sequences and rollout.running say it": "model.model_config.batch_size",
+    "rollouts are not penalised: the penalty would make their log-probabilities those of another model":
+        "model.model_config.repetition_penalty",
+    "a MindSpore checkpoint; `trueline convert` makes a model folder of it, --model names that":
+        "model.model_config.checkpoint_name_or_path load_checkpoint",
+    "there is no padding": "model.model_config.pad_token_id",
+    "the stop tokens are the family's": "model.model_config.eos_token_id",
+    "model.dtype: auto": "model.model_config.param_init_type model.model_config.compute_dtype",
+    "rollouts always keep keys and values": "model.model_config.use_past",
+    "belongs to DPO": "model.model_config.alpha model.model_config.beta",
+    "told by the verb and the model's folder": "model.arch arch",
+    "the verb says it": "trainer metric run_mode",
+    "the tokenizer is the one in the model's folder": "processor",
+    "there are no strategy files": "src_strategy src_strategy_path_or_dir auto_trans_ckpt only_save_strategy",
+    "run.resume: auto goes on from the newest checkpoint that verifies": "resume_training",
+    "how MindSpore ran; one process or torchrun, nothing to set":
+        "use_parallel context parallel micro_batch_interleave_num runner_config profile profile_start_step profile_stop_step "
+        "init_start_profile profile_communication profile_memory auto_tune filepath_prefix autotune_per_step remote_save_url "
+        "enable_compile_cache device_target",
+    "sharding is set by mesh.*": "parallel_config",
+    "no mixture of experts": "moe_config",
+    "model.recompute covers whole layers": "recompute_config",
+    "no loss scale is needed in bfloat16 and float32": "runner_wrapper",
+    "JSON lines are read as they are; `trueline convert` makes them of MindRecord files":
+        "train_dataset train_dataset_task eval_dataset eval_dataset_task",
+    "held-out files are named in data.eval": "do_eval",
+    "run.eval_every, once data.eval is set": "eval_step_interval eval_epoch_interval",
+    "losses, checkpoints and reports are written by every run": "callbacks eval_callbacks",
+    "AdamW with float32 masters is the optimizer": "optimizer.type",
+    "from the data and run.epochs": "lr_schedule.total_steps",
+    "the old program never read it": "layer_scale layer_decay lr_scale lr_scale_factor",
+})  # fmt: skip
+PPO_REASONS = by_reason({
+    "its controller was never called; ppo.kl_target turns ours on": "init_kl_coef target",
+    "its controller was never called; ppo.kl_horizon sets ours": "horizon",
+    "rollout.running answers are generated at a time": "chunk_size",
+    "it pulled more batches and replayed none; epochs are the passes": "ppo_epochs",
+    "the critic's parameters are its own (critic.optimizer.lr), and AdamW does not feel the scale of a loss": "vf_coef",
+    "AdamW with float32 masters is the optimizer": "optimizer",
+    "how MindSpore ran; one process or torchrun, nothing to set": "sink_size",
+    "the critic has an adapter of its own on the policy's trunk, or the model in critic.path": "is_shared_backbone",
+    "experience is not written to disk": "save_data_file",
+    "JSON lines are read as they are; `trueline convert` makes them of MindRecord files": "mind_dataset_dir",
+    "the model file given here": "sft_path sft_path_infer sft_path_train",
+    "reward.model names the folder": "reward_path",
+    "critic.path names a folder, if the critic has one of its own": "critic_path",
+    "a MindSpore checkpoint; `trueline convert` makes a model folder of it, --model names that":
+        "load_sft_checkpoint load_sft_checkpoint_infer load_sft_checkpoint_train",
+    "critic.path names a Hugging Face folder": "load_critic_checkpoint",
+    "the reference is the model as training starts": "load_ref_checkpoint",
+    "a prompt may have data.max_length - sampling.max_new_tokens tokens": "max_prompt_length",
+    "PPO never read the model file's schedule": "lr_schedule",
+    "the old program never read it":
+        "lr weight_decay sceduler_name T_max eta_min scale_reward ref_mean ref_std gen_experience_kwargs total_steps "
+        "checkpoint_interval eval_interval inference_micro_size",
+})  # fmt: skip
 
 
 def stage_of(found: dict[str, list[Old]]) -> str:

@@ -21,9 +21,12 @@ from trueline.model.batch import pack
 from trueline.model.heads import Scorer
 from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.generate import line_of
+from trueline.recipes.measures import matches, references
 from trueline.rollout.sampling import Rollout
 from trueline.train.judge import Judge
 
+SAME_ANSWER = "same_answer"
+"""The reward function that is built in: 1 where the final answer is the record's (`trueline/data/answers.py`), else 0."""
 Scores = Callable[[Sequence[Rollout], Sequence[TokenPrompt]], list[float]]
 """Answers (with their text) and what they answer -> one finite number each."""
 
@@ -50,9 +53,10 @@ def needed_score(score: Tensor | None, path: Path) -> Tensor:
 
 @contextmanager
 def open_reward(
-    config: RewardSourceConfig, policy: Opened, scorer: Scorer | None, own: Opened | None, folder: Path, max_tokens: int
+    config: RewardSourceConfig, policy: Opened | None, scorer: Scorer | None, own: Opened | None, folder: Path, max_tokens: int
 ) -> Iterator[Scores]:
-    """The scores `config` asks for, scaled and clipped. `scorer` (a reward model) may have its `own` folder, and so its own template."""
+    """The scores `config` asks for, scaled and clipped. `scorer` (a reward model) may have its `own` folder, and so its own template;
+    without a `policy` (answers from a file) it is the one that is used."""
 
     def finish(scores: list[float]) -> list[float]:
         bound = config.clip if config.clip is not None else float("inf")
@@ -63,6 +67,9 @@ def open_reward(
         yield lambda rollouts, prompts: finish(
             score_samples(scorer, [render(r, p) for r, p in zip(rollouts, prompts, strict=True)], max_tokens)
         )
+        return
+    if config.function == SAME_ANSWER:
+        yield lambda rollouts, prompts: finish(_equal_answers(rollouts, prompts))
         return
     printed = folder / "reward.log"
     try:
@@ -85,11 +92,19 @@ def asked_of(prompt: TokenPrompt) -> str:
     return next((m.content for m in reversed(prompt.prompt.conversation.messages) if m.role == "user"), "")
 
 
-def _renderer(policy: Opened, own: Opened | None) -> Callable[[Rollout, TokenPrompt], Sample]:
+def _equal_answers(rollouts: Sequence[Rollout], prompts: Sequence[TokenPrompt]) -> list[float]:
+    wanted = references(prompts, None, "auto")
+    if None in wanted:
+        raise UserError(f"reward.function: {SAME_ANSWER} needs an answer in every record; {wanted.count(None)} of {len(wanted)} have none")
+    return [score or 0.0 for score in matches([r.text or "" for r in rollouts], wanted)]
+
+
+def _renderer(policy: Opened | None, own: Opened | None) -> Callable[[Rollout, TokenPrompt], Sample]:
     """How the reward model sees an answer: the very tokens that were sampled where it shares the policy's template and tokenizer."""
-    if own is None or _speaks_alike(policy, own):
+    if policy is not None and (own is None or _speaks_alike(policy, own)):
         blocks = (own or policy).folder.decoder_config.blocks
         return lambda rollout, prompt: answered(rollout.prompt, rollout.tokens, blocks)
+    assert own is not None
     family, tokenizer = own.folder.family, own.text()
     return lambda rollout, prompt: _translated(rollout, prompt, family, tokenizer)
 
