@@ -140,3 +140,16 @@ def test_what_is_not_understood_is_named(value: Any, field: str, sentence: str) 
 
 def test_an_observation_may_be_empty() -> None:
     assert read(chat(("observation", "")))[1] == []
+
+
+def test_a_message_may_say_that_it_is_not_trained():
+    items = [{"role": "user", "content": "u"}]
+    for more in ({"weight": 0}, {"weight": 1}, {"train": False}, {"train": True}, {"weight": None}, {}):
+        items.append({"role": "assistant", "content": "a"} | more)
+    turns, problems = read(items)
+    assert [m.trained for m in turns.messages] == [True, False, True, False, True, True, True] and not problems
+    call = {"role": "assistant", "content": '{"name": "f", "arguments": {}}', "weight": 0}
+    turns, _ = read([call, {"role": "observation", "content": "o"}])
+    assert turns.messages[0].tool == "f" and not turns.messages[0].trained
+    _, problems = read([{"role": "assistant", "content": "a", "weight": 0.5}, {"role": "assistant", "content": "a", "train": "no"}])
+    assert problems == [("m[0].weight", "0.5, expected 0 or 1"), ("m[1].train", '"no", expected true or false')]

@@ -15,7 +15,7 @@ import pytest
 
 from tests.docs.pages import Block, blocks, names_in, pages, table
 from tests.recipes.commands import Commands
-from tests.recipes.toys import Toys
+from tests.recipes.toys import FAMILIES, Toys
 from tests.structure.tree import ROOT
 
 # what a page may tell a person to type although it is not typed here, and why
@@ -40,7 +40,9 @@ def larder(folder: Path, toys: Toys, page: str) -> None:
     """What the pages take for granted: a model, its fine-tuned successor, data, a reward function, the configurations."""
     for name in {"my-model", "my-sft"} - set(MADE_THERE.get(page, ())):
         shutil.copytree(toys.model(), folder / name)
-    shutil.copytree(toys.model("glm"), folder / "my-glm4")
+    own = FAMILIES if page == "docs/models.md" else ()
+    for name, family in {"my-glm4": "glm", **{f"my-{family}": family for family in own}}.items():
+        shutil.copytree(toys.model(family), folder / name)
     shutil.copytree(ROOT / "configs", folder / "configs")
     questions = [(f"What is {n} plus one?", f"It is {n + 1}.") for n in range(40)]
     turns = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in questions]

@@ -165,7 +165,8 @@ def test_families_are_those_of_the_program() -> None:
 def test_decoder_options_named_for_families_exist() -> None:
     named = {name for row in table("docs/families.md", "option") for name in names_in(row[0])}
     usual = {"qkv_bias", "o_bias", "mlp_bias", "rope", "rope_theta", "rope_dim", "tied_embeddings", "norm_eps"}
-    assert named == usual | {"norm", "gated", "residual_scale", "rope_rows", "blocks", "prefix_shifts"}
+    newer = {"rope_scaling", "qk_norm", "post_norms", "windows"}
+    assert named == usual | {"norm", "gated", "residual_scale", "rope_rows", "blocks", "prefix_shifts", *newer}
     assert named <= set(DecoderConfig.__dataclass_fields__)
 
 

@@ -6,19 +6,24 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GlmConfig, GlmForCausalLM
 
 import trueline as api
+from trueline.config.schema import AdapterConfig
 from trueline.data.sample import Sample
 from trueline.families.export import save_folder
 from trueline.families.folder import load_decoder, open_folder
+from trueline.families.peft import Base, load_adapter, save_adapter
+from trueline.model.adapters import add_adapter, low_ranks, merge_adapter
 from trueline.model.batch import pack
 from trueline.model.decoder import Decoder
 from trueline.model.heads import LanguageModel
 from trueline.rollout.engine import Engine
+from trueline.rollout.packed import can_pack
 from trueline.rollout.sampling import Sampling
 
 CASES = {"glm-4-9b-chat": ("plain", "leftpad"), "chatglm2-6b": ("plain",)}
@@ -129,6 +134,7 @@ def test_the_original_layout_is_transformers_glm(tmp_path: Path, shape: str) -> 
             torch.testing.assert_close(getattr(decoder.layers[i].attention, name).weight.grad, wanted, rtol=0, atol=1e-6)
     single = load_decoder(folder, torch.float32)
     torch.testing.assert_close(logits_of(single, row), out.logits[0].detach().float(), rtol=0, atol=2e-5)
+    assert can_pack(single)
     generated = theirs.generate(torch.tensor([row[:9]]), max_new_tokens=20, do_sample=False, eos_token_id=95)[0, 9:].tolist()
     for each in (decoder, single):
         engine = Engine(LanguageModel(each))
@@ -151,3 +157,55 @@ def test_a_reward_model_of_the_original_layout_scores_as_it_did(tmp_path: Path) 
     wanted = (trunk(batch.tokens, batch.layout) @ score.T)[-1].item()
     assert api.load(str(tmp_path / "out"), dtype="float64").score([[5, 6, 7]]) == [pytest.approx(wanted, abs=1e-9)]
     assert not any("output_layer" in key for key in load_file(tmp_path / "out" / "model.safetensors"))
+
+
+class Skeleton(nn.Module):
+    """Linears of a decoder under the published names: all that PEFT looks at."""
+
+    def __init__(self, tensors: dict[str, Tensor]):
+        super().__init__()
+        for name, tensor in tensors.items():
+            if not name.endswith(".weight") or "norm" in name or "embed" in name:
+                continue
+            *path, last = name.removesuffix(".weight").split(".")
+            module: nn.Module = self
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            linear = nn.Linear(tensor.shape[1], tensor.shape[0]).double()
+            linear.weight.data.copy_(tensor)
+            module.add_module(last, linear)
+
+
+@pytest.mark.parametrize("targets", [("q", "k", "v", "o", "gate", "up", "down"), ("q", "v", "up")])
+def test_adapters_name_the_fused_modules_and_peft_loads_them(tmp_path: Path, targets: Any) -> None:
+    original(tmp_path, 4, 2, 500)
+    folder = open_folder(tmp_path)
+    decoder = load_decoder(folder, torch.float64)
+    config = AdapterConfig(kind="lora", rank=3, alpha=6.0, targets=targets)
+    add_adapter(decoder, "policy", config, 1)
+    for name, p in decoder.named_parameters():
+        if ".adapters." in name:
+            p.data.copy_(torch.randn(p.shape).double() * 0.3)
+    save_adapter(tmp_path / "adapter", decoder, "policy", config, Base(folder.family, str(tmp_path), "0" * 64))
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    fused = {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert set(settings["target_modules"]) == (fused if "o" in targets else {"query_key_value", "dense_h_to_4h"})
+    plain = {n.removeprefix("base_model.model."): t for n, t in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items()}
+    skeleton = Skeleton(load_file(tmp_path / "model.safetensors"))
+    skeleton = inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path / "adapter"), skeleton)
+    assert not set_peft_model_state_dict(skeleton, plain).unexpected_keys
+    assert get_peft_model_state_dict(skeleton).keys() == plain.keys()
+    again = load_decoder(folder, torch.float64)
+    load_adapter(tmp_path / "adapter", again, "found", Base(folder.family, str(tmp_path), "0" * 64))
+    merge_adapter(decoder, "policy")
+    for i in range(2):
+        theirs = skeleton.get_submodule(f"transformer.encoder.layers.{i}.self_attention.query_key_value")
+        wanted = theirs.base_layer.weight + theirs.get_delta_weight("default")
+        ours = torch.cat([getattr(decoder.layers[i].attention, name).weight for name in "qkv"])
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-6)
+        assert low_ranks(again.layers[i].attention, "found").keys() >= set(targets) & set("qkv")
+    merge_adapter(again, "found")
+    row = [5, 6, 7, 8]
+    torch.testing.assert_close(logits_of(again, row), logits_of(decoder, row), rtol=0, atol=1e-6)

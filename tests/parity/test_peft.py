@@ -11,14 +11,16 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM as Causal
 from transformers import AutoModelForSequenceClassification as Classifier
-from transformers import GlmConfig, LlamaConfig, Qwen2Config
+from transformers import Glm4Config, GlmConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from trueline.config.schema import AdapterConfig
 from trueline.families.family import Family
-from trueline.families.glm4 import GLM4
+from trueline.families.glm4 import GLM4, GLM4_0414
 from trueline.families.llama import LLAMA
+from trueline.families.mistral import MISTRAL
 from trueline.families.peft import Base, adapter_score, load_adapter, save_adapter
 from trueline.families.qwen2 import QWEN2
+from trueline.families.qwen3 import QWEN3
 from trueline.model.adapters import adapter_parameters, add_adapter, copy_adapter, merge_adapter, remove_adapter
 from trueline.model.decoder import Decoder
 from trueline.model.layout import Packed
@@ -33,7 +35,11 @@ SIZES = {
     "intermediate_size": 20,
     "pad_token_id": 0,
 }
-FAMILIES: dict[str, tuple[Family, Any]] = {"qwen2": (QWEN2, Qwen2Config), "glm": (GLM4, GlmConfig), "llama": (LLAMA, LlamaConfig)}
+FAMILIES: dict[str, tuple[Family, Any]] = {"qwen2": (QWEN2, Qwen2Config), "glm": (GLM4, GlmConfig), "llama": (LLAMA, LlamaConfig)} | {
+    "qwen3": (QWEN3, Qwen3Config),
+    "glm4": (GLM4_0414, Glm4Config),
+    "mistral": (MISTRAL, MistralConfig),
+}
 FIRST, SECOND = [3, 14, 15, 9, 26, 5, 35], [8, 9, 7, 9, 3]
 EVERY = ("q", "k", "v", "o", "gate", "up", "down")
 

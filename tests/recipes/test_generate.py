@@ -1,13 +1,17 @@
 """`trueline generate` and `trueline chat`: what goes in, what comes out, and that it is what the model says in training."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import trueline as api
-from tests.recipes.commands import Commands
+from tests.recipes.commands import ROOT, Commands
 from tests.recipes.reading import records
 from tests.recipes.toys import KINDS, Toys, lines
 from trueline.recipes.generate import printable
@@ -142,3 +146,32 @@ def test_written_lines_are_readable(toys: Toys, trueline: Commands, tmp_path: Pa
     trueline("generate", toys.model(), "--prompts", prompts, "--out", tmp_path / "out.jsonl", SHORT).ok()
     text = (tmp_path / "out.jsonl").read_text("utf-8")
     assert '"prompt": "说 红"' in text and json.loads(text)
+
+
+def test_code_in_a_model_folder_is_not_run_and_the_user_is_told(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    folder = shutil.copytree(toys.model("chatglm3"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "modeling_chatglm.Own"}}))
+    (folder / "modeling_chatglm.py").write_text(f"open({str(tmp_path / 'witness')!r}, 'w')\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "say red"}\n')
+    command = [sys.executable, "-m", "trueline", "generate", str(folder), "--prompts", "p.jsonl", "--out", "a.jsonl", "max_new_tokens=4"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "brings its own code (auto_map), which is never run; the built-in chatglm3 model is used" in done.stderr
+    assert not (tmp_path / "witness").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_model_remembers_the_template_it_was_trained_with(toys: Toys, trueline: Commands, tmp_path: Path, kind: str) -> None:
+    place = ("model.template=qwen3_no_thinking", f"model.path={toys.model('qwen3')}", f"run.output={tmp_path / 'run'}")
+    run = tmp_path / "run"
+    trueline("sft", toys.config("sft"), *place, *KINDS[kind]).ok()
+    question = [{"role": "user", "content": "say red"}]
+    there, base = api.load(str(run / "model")), api.load(str(toys.model("qwen3")))
+    chosen = api.load(str(toys.model("qwen3")), template="qwen3_no_thinking")
+    assert there.render(question).tokens == chosen.render(question).tokens != base.render(question).tokens
+    assert there.opened.folder.family.template == "qwen3_no_thinking"
+    trueline("export", run, tmp_path / "out", *(["--merge"] if kind == "lora" else [])).ok()
+    assert api.load(str(tmp_path / "out")).render(question).tokens == chosen.render(question).tokens
+    wrong = trueline("sft", toys.config("sft"), "model.template=chatlm", f"run.output={tmp_path / 'no'}").refused()
+    assert "model.template: 'chatlm' is not known" in wrong
