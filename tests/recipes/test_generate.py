@@ -88,7 +88,7 @@ def test_without_a_tokenizer_token_lists_are_served(toys: Toys, trueline: Comman
     [
         ({"tokens": [5, 320]}, "p.jsonl:1: tokens: not a list of token ids, expected integers from 0 to 319, at least one"),
         ({"tokens": []}, "p.jsonl:1: tokens: not a list of token ids"),
-        ({"prompt": ""}, "p.jsonl:1: prompt: empty, expected text"),
+        ({"prompt": ""}, "p.jsonl:1:12: prompt: empty, expected text"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "p.jsonl:1"),
         ({"question": 3}, "p.jsonl:1"),
     ],
