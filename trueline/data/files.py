@@ -8,7 +8,6 @@ import gzip
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"
@@ -42,6 +41,6 @@ def _find(path: str) -> list[str]:
     return [path]
 
 
-def open_bytes(path: str) -> IO[bytes]:
+def open_bytes(path: str) -> io.BufferedReader:
     """The file's bytes, unpacked when its name ends in .gz."""
     return io.BufferedReader(gzip.open(path), 1 << 18) if path.lower().endswith(PACKED) else open(path, "rb", buffering=1 << 18)

@@ -62,23 +62,18 @@ class Lengths:
 
 @dataclass
 class Places:
-    """How often something occurs, and where first."""
+    """In how many records something occurs, and in which first."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
-
-    def add(self, where: str) -> None:
-        """One more."""
-        self.count += 1
-        if len(self.first) < 3:
-            self.first.append(where)
+    last: int = 0
 
 
 class Findings:
-    """What one file holds."""
+    """What one file holds. `control` finds text that looks like a control token."""
 
-    def __init__(self, path: str):
-        self.path = path
+    def __init__(self, path: str, control: re.Pattern[str] = CONTROL):
+        self.path, self.control = path, control
         self.values = 0
         self.turns: Counter[str] = Counter()
         self.characters: dict[str, Lengths] = {}
@@ -99,7 +94,9 @@ class Findings:
             if lengths is None:
                 lengths = self.characters[role] = Lengths()
             lengths.counts[len(message.content)] += 1
-            if ("<" in message.content or "[" in message.content) and (found := CONTROL.search(message.content)):
+            if self.control is CONTROL and "<" not in message.content and "[" not in message.content:
+                continue  # most texts, and faster
+            if found := self.control.search(message.content):
                 self._warn("control", line, " " + found.group())
         self.with_tools += bool(prompt.tools)
         if not self.lines or self.lines[-1] != line:  # several pairs of one record are no repetition
@@ -130,7 +127,10 @@ class Findings:
                     self._warn("script", line, f" ({asked} and {answered})")
 
     def _warn(self, kind: str, line: int, what: str) -> None:
-        self.warnings.setdefault(kind, Places()).add(f"{self.path}:{line}{what}")
+        places = self.warnings.setdefault(kind, Places())
+        if places.last != line:
+            places.count, places.last = places.count + 1, line
+            places.first += [f"{self.path}:{line}{what}"] if len(places.first) < 3 else []
 
 
 def parts(value: Value) -> tuple[Conversation, tuple[Message, ...]]:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from trueline.data.files import open_bytes, suffix
 from trueline.data.formats import FileValues
@@ -158,16 +158,13 @@ def _one_a_line(lines: Iterator[tuple[int, str]], fixes: Counter[str]) -> Iterat
             fixes["empty line"] += 1
 
 
-def _lines(file: IO[bytes], fixes: Counter[str]) -> Iterator[tuple[int, str]]:
+def _lines(file: io.BufferedReader, fixes: Counter[str]) -> Iterator[tuple[int, str]]:
     """Decoded lines without their ends: UTF-8, UTF-16 with its mark, or Chinese in GBK; bytes of none of them stay as they are."""
-    start = file.read(4)
-    wide = start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    joined = io.BufferedReader(_Joined(start, file))
-    if wide:
+    if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         fixes["UTF-16 text"] += 1
-        yield from enumerate((line.rstrip("\r\n") for line in io.TextIOWrapper(joined, "utf-16", newline="\n")), start=1)
+        yield from enumerate((line.rstrip("\r\n") for line in io.TextIOWrapper(file, "utf-16", newline="\n")), start=1)
         return
-    for number, raw in enumerate(joined, start=1):
+    for number, raw in enumerate(file, start=1):
         if number == 1 and raw.startswith(codecs.BOM_UTF8):
             fixes["byte-order mark"] += 1
             raw = raw[3:]
@@ -188,22 +185,6 @@ def _from_gbk(raw: bytes) -> str | None:
     except UnicodeDecodeError:
         return None
     return text if _CHINESE.fullmatch(text) else None
-
-
-class _Joined(io.RawIOBase):
-    """A stream of which the first bytes have been read."""
-
-    def __init__(self, start: bytes, rest: IO[bytes]):
-        self._start, self._rest = start, rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        found = self._start[: len(buffer)] or self._rest.read(len(buffer))
-        self._start = self._start[len(found) :] if self._start else b""
-        buffer[: len(found)] = found
-        return len(found)
 
 
 def _elements(text: str) -> Iterator[tuple[int, str]]:

@@ -3,6 +3,7 @@
 Left out: judging the quality of answers.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.text import Text
 from trueline.data.conversation import ROLES
 from trueline.data.files import PACKED, find_files, suffix
 from trueline.data.formats import FileValues, Located, equal_note
-from trueline.data.lint import Findings, Lengths, Places, Value, find_repeats
+from trueline.data.lint import CONTROL, Findings, Lengths, Value, find_repeats
 from trueline.data.record import Problems
 from trueline.data.repair import repair
 from trueline.data.schemas import Use
@@ -90,19 +91,15 @@ def check(
 def _check_file(console: Console, path: str, format: str, renderer: Renderer | None, problems: Problems, shown: Shown) -> Findings:
     before, equal = problems.count, list[str]()
     values = FileValues[Any](path, format, problems, equal)
-    findings, lengths, specials = Findings(path), dict[str, Lengths](), Places()
+    control = re.compile("|".join(map(re.escape, renderer.tokenizer.specials))) if renderer and renderer.tokenizer.specials else CONTROL
+    findings, lengths = Findings(path, control), dict[str, Lengths]()
     for located in values:
         findings.add(located.value, located.line)
         shown.look_at(located)
         if renderer is not None:
             _measure(located, renderer, lengths, problems)
-            _find_specials(located, renderer, specials)
     if not findings.values and not equal and problems.count == before:
         problems.add(path, "no records, expected at least one")
-    if renderer is not None:
-        findings.warnings.pop("control", None)
-        if specials.count:
-            findings.warnings["control"] = specials
     _print_contents(console, findings, values.schema, values.use, problems.count - before, equal)
     if lengths:
         _print_lengths(console, lengths)
@@ -120,15 +117,6 @@ def _measure(located: Located[Any], renderer: Renderer, lengths: dict[str, Lengt
         lengths.setdefault(name, Lengths()).add(len(sample))
         if any(sample.trained):
             lengths.setdefault(f"{name}, trained", Lengths()).add(sum(sample.trained))
-
-
-def _find_specials(located: Located[Any], renderer: Renderer, places: Places) -> None:
-    value = located.value
-    prompt = getattr(value, "prompt", getattr(value, "conversation", value))
-    texts = [m.content for m in prompt.messages] + [getattr(value, side).content for side in ("chosen", "rejected") if hasattr(value, side)]
-    name = next((name for name in renderer.tokenizer.specials if any(name in text for text in texts)), None)
-    if name is not None:
-        places.add(f"{located.where} {name}")
 
 
 def _print_contents(console: Console, findings: Findings, schema: str, use: Use, broken: int, equal: list[str]) -> None:
