@@ -1,7 +1,7 @@
 """Cross entropy of a vocabulary head, forward and backward: naive, PyTorch's chunked one where it has it, and ours. One rule: equal first.
 
 Every side runs in a process of its own, which reads its peak of resident memory above what it held before (Linux), in the first round.
-Sides take turns by round. One JSON line per reading, then a table.
+Sides take turns by round; processor time is beside wall time, for a machine that others use. One JSON line per reading, then a table.
 
 `python bench/loss.py [--rounds N] [--threads N] [--tokens N] [--vocabulary N] [--hidden N ...]`
 """
@@ -48,13 +48,13 @@ def serve(side: str, tokens: int, vocabulary: int, hidden: int) -> None:
     for _ in sys.stdin:
         states.grad = weight.grad = None
         Path("/proc/self/clear_refs").write_text("5")
-        before, began = memory("VmRSS"), time.perf_counter()
+        before, began, spent = memory("VmRSS"), time.perf_counter(), time.process_time()
         loss = SIDES[side](states, weight, target)
         loss.backward()
-        seconds = time.perf_counter() - began
+        seconds, processor = time.perf_counter() - began, time.process_time() - spent
         assert states.grad is not None and weight.grad is not None
         same = [loss.item(), states.grad.norm().item(), weight.grad.norm().item()]
-        print(json.dumps({"seconds": seconds, "mib": memory("VmHWM") - before, "same": same}), flush=True)
+        print(json.dumps({"seconds": seconds, "processor": processor, "mib": memory("VmHWM") - before, "same": same}), flush=True)
 
 
 def compare(hidden: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
@@ -69,7 +69,8 @@ def compare(hidden: int, arguments: argparse.Namespace) -> list[dict[str, object
             child.stdin.write("\n")
             child.stdin.flush()
             read[side].append(json.loads(child.stdout.readline()))
-        gaps = {s: max(abs(a / b - 1) for a, b in zip(read[s][0]["same"], read["naive"][0]["same"], strict=True)) for s in SIDES}  # type: ignore[arg-type]
+        naive = read["naive"][0]["same"]
+        gaps = {s: max(abs(a / b - 1) for a, b in zip(read[s][0]["same"], naive, strict=True)) for s in SIDES}  # type: ignore[arg-type]
         if max(gaps.values()) > EQUAL:
             raise SystemExit(f"hidden {hidden}: relative differences from naive {gaps}, expected at most {EQUAL}")
     for child in children.values():
@@ -78,6 +79,7 @@ def compare(hidden: int, arguments: argparse.Namespace) -> list[dict[str, object
     for side in SIDES:
         seconds = statistics.median(x["seconds"] for x in read[side][1:])  # type: ignore[type-var]
         rows.append({"bench": "loss", "side": side, "hidden": hidden, "seconds_median": seconds, "peak_mib": read[side][0]["mib"]})
+        rows[-1] |= {"processor_median": statistics.median(x["processor"] for x in read[side][1:])}  # type: ignore[type-var]
         rows[-1] |= {"gap": gaps[side], "seconds": [x["seconds"] for x in read[side][1:]], "threads": arguments.threads}
         rows[-1] |= {"tokens": arguments.tokens, "vocabulary": arguments.vocabulary, "load": os.getloadavg()[0]}
     return rows
@@ -96,15 +98,17 @@ def main() -> None:
     if arguments.side:
         serve(arguments.side, arguments.tokens, arguments.vocabulary, arguments.hidden[0])
         return
-    rows = [row for hidden in arguments.hidden for row in compare(hidden, arguments)]
-    for row in rows:
-        print(json.dumps(row))
-    print("| hidden | side | seconds | of naive's | peak MiB | of naive's |\n|---|---|---|---|---|---|")
+    rows = []
+    for hidden in arguments.hidden:
+        rows += compare(hidden, arguments)
+        for row in rows[-len(SIDES) :]:
+            print(json.dumps(row), flush=True)
+    print("| hidden | side | seconds | of naive's | processor time, of naive's | peak MiB | of naive's |\n|---|---|---|---|---|---|---|")
     naive = {row["hidden"]: row for row in rows if row["side"] == "naive"}
     for row in rows:
         base = naive[row["hidden"]]
-        time_share, memory_share = (row[x] / base[x] for x in ("seconds_median", "peak_mib"))  # type: ignore[operator]
-        print(f"| {row['hidden']} | {row['side']} | {row['seconds_median']:.2f} | {time_share:.2f} | {row['peak_mib']} | {memory_share:.3f} |")
+        wall, busy, peak = (row[x] / base[x] for x in ("seconds_median", "processor_median", "peak_mib"))  # type: ignore[operator]
+        print(f"| {row['hidden']} | {row['side']} | {row['seconds_median']:.2f} | {wall:.2f} | {busy:.2f} | {row['peak_mib']} | {peak:.3f} |")
 
 
 if __name__ == "__main__":

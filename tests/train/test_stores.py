@@ -18,8 +18,8 @@ from trueline.parallel.world import World
 from trueline.recipes.sft import count_tokens, sft_objective
 from trueline.train import optimizer as optimizer_module
 from trueline.train.optimizer import Optimizer, make_optimizer
-from trueline.train.stores import BLOCK, decode, draws, encode, join, levels, nearest, residual, stochastic
 from trueline.train.step import train_step
+from trueline.train.stores import BLOCK, decode, draws, encode, join, levels, nearest, residual, stochastic
 
 SIZES = DecoderConfig(vocab_size=48, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=48)
 NARROW = ("split", "bfloat16", "int8")

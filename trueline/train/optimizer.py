@@ -103,8 +103,8 @@ class Optimizer:
         weight, flat, before = parameter.detach().view(-1), gradient.reshape(-1), kept["step"].clone()
         for start in range(0, len(weight), PIECE):
             stop = min(start + PIECE, len(weight))
-            places = {f: slice(start // BLOCK, -(-stop // BLOCK)) if f.endswith("scale") else slice(start, stop) for f in kept if f != "step"}
-            piece = {field: kept[field][place] for field, place in places.items()}
+            blocks = slice(start // BLOCK, -(-stop // BLOCK))
+            piece = {f: x[blocks if f.endswith("scale") else slice(start, stop)] for f, x in kept.items() if f != "step"}
             values = self.store.read(weight[start:stop], piece)
             kept["step"].copy_(before)
             lists = [[x] for x in (values[0], flat[start:stop], *values[1:], kept["step"])]

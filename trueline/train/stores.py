@@ -124,7 +124,7 @@ def join(narrow: Tensor, rest: Tensor) -> Tensor:
 def levels(signed: bool) -> Tensor:
     """The 256 numbers from -1 (or 0) to 1 that an 8-bit code stands for, ascending: the dynamic tree of arXiv:2110.02861 section 2.2.
 
-    Each decade down to 1e-6 has half as many as the one above it. The lowest is -1 and not the paper's -0.993, so that nothing lies outside.
+    Each decade down to 1e-6 has half as many as the one above it. The lowest is -1, not the paper's -0.993: nothing lies outside.
     """
     found = [0.0, 1.0]
     for i in range(7):
