@@ -18,6 +18,7 @@ LORA = KINDS["lora"]
 RUNS = {
     "sft": ["sft", "run.steps=24", "run.save_every=5", "data.eval_fraction=0.2", "run.eval_every=4"],
     "sft with dropout": ["sft", "run.steps=24", "run.save_every=5", *LORA, "model.adapter.dropout=0.2"],
+    "sft with 8-bit states": ["sft", "run.steps=24", "run.save_every=5", "model.dtype=bfloat16", "optimizer.states=int8"],
     "reward": ["reward", "run.steps=null", "run.epochs=3", "run.save_every=4", "model.path={glm}"],
     "dpo": ["dpo", "run.steps=16", "run.save_every=5", *KINDS["ptuning"], "model.path={llama}"],
     "ppo": ["ppo", "run.steps=5", "run.save_every=2"],

@@ -107,6 +107,8 @@ class OptimizerConfig(Config):
     """Course of the learning rate after the warm-up."""
     floor: float = Field(0.0, ge=0, le=1)
     """Share of the peak learning rate the schedule ends at."""
+    states: Literal["float32", "split", "bfloat16", "int8"] = "float32"
+    """How bfloat16 weights are updated; split: float32's bits in less memory; bfloat16, int8: moments so, weights rounded at random."""
 
 
 class MeshConfig(Config):
@@ -295,7 +297,7 @@ class StageConfig(Config):
             problems.append("give exactly one of run.steps and run.epochs")
         if self.run.eval_every and not (self.data.eval or self.data.eval_fraction):
             problems.append("run.eval_every needs held-out records: data.eval or data.eval_fraction")
-        return problems
+        return problems + _states_conflicts(self.model, self.optimizer, "optimizer")
 
 
 class SftConfig(StageConfig):
@@ -356,7 +358,15 @@ class PpoStageConfig(StageConfig):
                 any(adapter.dropout for adapter in adapters),
         }
         sentences = [sentence for sentence, wrong in found.items() if wrong]
+        if self.critic.optimizer is not None:
+            sentences += _states_conflicts(self.model, self.critic.optimizer, "critic.optimizer")
         return [*super().conflicts(), *_reference_conflicts(self.model, self.reference), *sentences]
+
+
+def _states_conflicts(model: ModelConfig, optimizer: OptimizerConfig, where: str) -> list[str]:
+    if optimizer.states == "float32" or model.dtype in ("auto", "bfloat16"):
+        return []
+    return [f"{where}.states: {optimizer.states} is for bfloat16 weights, not model.dtype: {model.dtype}; set one of the two"]
 
 
 def _reference_conflicts(model: ModelConfig, reference: ReferenceConfig) -> list[str]:

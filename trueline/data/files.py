@@ -41,6 +41,8 @@ def _find(path: str) -> list[str]:
     return [path]
 
 
-def open_bytes(path: str) -> io.BufferedReader:
+def open_bytes(path: str) -> BinaryIO:
     """The file's bytes, unpacked when its name ends in .gz."""
-    return io.BufferedReader(gzip.open(path), 1 << 18) if path.lower().endswith(PACKED) else open(path, "rb", buffering=1 << 18)
+    if path.lower().endswith(PACKED):
+        return cast(BinaryIO, io.BufferedReader(gzip.open(path), 1 << 18))
+    return open(path, "rb", buffering=1 << 18)

@@ -81,7 +81,7 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
         show_plan(config, derived(stage, total))
         return
     world = start_alone(config.mesh)
-    optimizer = make_optimizer(stage.parameters, config.optimizer)
+    optimizer = make_optimizer(stage.parameters, config.optimizer, config.run.seed)
     order = {"seed": config.run.seed, "batch.sequences": config.batch.sequences, "data": items_fingerprint(stage.items)}
     order |= {"model": stage.opened.fingerprint}
     with Run(stage.name, config.run, to_yaml(config), world) as run:

@@ -182,8 +182,10 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
         show_plan(config, derived(config, roles, prompts.train, total))
         return
     optimizers = {
-        "policy": make_optimizer(roles.policy_parameters, config.optimizer),
-        "critic": make_optimizer(roles.critic_parameters, config.critic.optimizer or config.optimizer),
+        "policy": make_optimizer(roles.policy_parameters, config.optimizer, key(config.run.seed, "policy rounding")),
+        "critic": make_optimizer(
+            roles.critic_parameters, config.critic.optimizer or config.optimizer, key(config.run.seed, "critic rounding")
+        ),
     }
     trained = {"policy": roles.policy_parameters, "critic": roles.critic_parameters}
     learning = Learning(config.ppo.kl_coefficient)

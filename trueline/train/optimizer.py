@@ -1,7 +1,7 @@
 """AdamW and its learning rate. One rule: the arithmetic is float32 (float64 for float64 weights), whatever the model's dtype."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,142 +9,184 @@ from torch.optim.adamw import adamw
 
 from trueline.config.schema import OptimizerConfig
 from trueline.errors import UserError
+from trueline.train.stores import BLOCK, PIECE, STORES, draws, nearest
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Optimizer:
     """AdamW (arXiv:1711.05101) over named parameters.
 
-    A 16-bit parameter has a float32 master copy: its gradients are summed there, the update happens there, and the parameter is the master
-    rounded. For every other parameter the master is the parameter itself.
+    The gradients of a 16-bit parameter are summed in float32. With `optimizer.states: float32` it has a float32 master copy, on which the
+    update happens, and the parameter is the master rounded; for every other parameter the master is the parameter itself. With other
+    states there are no masters: `stores.STORES` says what is kept.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig):
+    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, seed: int = 0):
         if not named:
             raise ValueError("nothing to train")
         self.parameters = dict(named)
-        self.masters = {name: _master(p) for name, p in self.parameters.items()}
-        self.halves = [(p, self.masters[name]) for name, p in self.parameters.items() if self.masters[name] is not p]
-        self.config = config
-        self.fused = all(m.device.type in FUSED for m in self.masters.values())
-        self.moments: dict[str, dict[str, Tensor]] = {}  # name -> step, exp_avg, exp_avg_sq, from the first update on
+        self.config, self.seed = config, seed
+        self.store = None if config.states == "float32" else STORES[config.states]
+        if self.store is not None:
+            _require_bfloat16(self.parameters, config)
+        self.masters: dict[str, Tensor] = {} if self.store else {name: _master(p) for name, p in self.parameters.items()}
+        self.halves = {name: p for name, p in self.parameters.items() if p.dtype in HALVES}
+        self.sums: dict[str, Tensor] = {}  # gradients of `halves`, float32
+        self.fused = all(p.device.type in FUSED for p in self.parameters.values())
+        self.kept: dict[str, dict[str, Tensor]] = {}  # name -> step and what the update needs of the ones before, from the first on
 
+    @torch.no_grad()
     def collect(self) -> None:
-        """Moves 16-bit gradients to their masters: to be called after each backward, for they would lose bits if they were summed."""
-        for parameter, master in self.halves:
+        """Sums 16-bit gradients in float32: to be called after each backward, for in 16 bits they would lose bits."""
+        for name, parameter in self.halves.items():
             if parameter.grad is not None:
-                gradient = parameter.grad.to(master.dtype)
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                gradient = parameter.grad.to(torch.float32)
+                self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
                 parameter.grad = None
 
     def gradients(self, all_of_them: bool = False) -> dict[str, Tensor]:
         """Gradients by name, at least float32, of the parameters that have one; with `all_of_them`, zeros for the others."""
         if all_of_them:
-            for master in self.masters.values():
-                master.grad = torch.zeros_like(master) if master.grad is None else master.grad
-        return {name: m.grad for name, m in self.masters.items() if m.grad is not None}
+            for name, parameter in self.parameters.items():
+                if name in self.halves:
+                    self.sums.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
+                elif parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+        found = {name: self.sums.get(name) if name in self.halves else p.grad for name, p in self.parameters.items()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update at learning rate `lr`; the gradients are dropped.
-
-        The function under torch.optim.AdamW: the class itself would load torch's compiler, over a second of every start.
-        """
-        beta1, beta2 = self.config.betas
+        """One update at learning rate `lr`; the gradients are dropped."""
         gradients = self.gradients()
-        for decayed in (True, False):
-            names = [name for name in gradients if decays(self.masters[name]) is decayed]
-            moments = [self._moments(name) for name in names]
-            if names:
-                adamw(
-                    [self.masters[name] for name in names],
-                    [gradients[name] for name in names],
-                    [m["exp_avg"] for m in moments],
-                    [m["exp_avg_sq"] for m in moments],
-                    [],
-                    [m["step"] for m in moments],
-                    fused=self.fused or None,
-                    amsgrad=False,
-                    maximize=False,
-                    beta1=beta1,
-                    beta2=beta2,
-                    lr=lr,
-                    weight_decay=self.config.weight_decay if decayed else 0.0,
-                    eps=self.config.eps,
-                )
+        for name in gradients:
+            if name not in self.kept:
+                fields = self._fields(name).items()
+                self.kept[name] = {f: torch.zeros(shape, dtype=dtype, device=self._place(f, name)) for f, (shape, dtype) in fields}
+        if self.store is None:
+            for decayed in (True, False):
+                names = [name for name in gradients if decays(self.parameters[name]) is decayed]
+                columns = [[self.kept[name][field] for name in names] for field in ("exp_avg", "exp_avg_sq", "step")]
+                if names:
+                    self._update([self.masters[n] for n in names], [gradients[n] for n in names], *columns, lr=lr, decayed=decayed)
+            self._round()
+        else:
+            for index, name in enumerate(self.parameters):
+                if name in gradients:
+                    self._update_in_pieces(index, name, gradients[name], lr)
         self.clear()
-        self._round()
 
-    def _moments(self, name: str) -> dict[str, Tensor]:
-        master = self.masters[name]
-        if name not in self.moments:
-            step = torch.zeros((), device=self._place("step", master))
-            self.moments[name] = {"step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)}
-        return self.moments[name]
+    def _update(
+        self,
+        weights: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        means: Sequence[Tensor],
+        squares: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        *,
+        lr: float,
+        decayed: bool,
+    ) -> None:
+        """The function under torch.optim.AdamW: the class itself would load torch's compiler, over a second of every start."""
+        beta1, beta2 = self.config.betas
+        lists = [list(column) for column in (weights, gradients, means, squares, (), steps)]
+        decay = self.config.weight_decay if decayed else 0.0
+        settings = {"amsgrad": False, "maximize": False, "fused": self.fused or None}
+        adamw(*lists, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self.config.eps, **settings)  # type: ignore[arg-type]
+
+    def _update_in_pieces(self, index: int, name: str, gradient: Tensor, lr: float) -> None:
+        """Widens a piece of the weight at a time, so that float32 copies of the whole never exist."""
+        assert self.store is not None
+        parameter, kept = self.parameters[name], self.kept[name]
+        weight, flat, before = parameter.detach().view(-1), gradient.reshape(-1), kept["step"].clone()
+        for start in range(0, len(weight), PIECE):
+            stop = min(start + PIECE, len(weight))
+            blocks = slice(start // BLOCK, -(-stop // BLOCK))
+            piece = {f: x[blocks if f.endswith("scale") else slice(start, stop)] for f, x in kept.items() if f != "step"}
+            values = self.store.read(weight[start:stop], piece)
+            kept["step"].copy_(before)
+            lists = [[x] for x in (values[0], flat[start:stop], *values[1:], kept["step"])]
+            self._update(*lists, lr=lr, decayed=decays(parameter))
+            draw = draws(self.seed, int(before), index, start, stop - start, weight.device)
+            self.store.write(weight[start:stop], piece, values, draw)
 
     def clear(self) -> None:
         """Drops the gradients."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.masters[name].grad = None
+        self.sums.clear()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     @torch.no_grad()
     def _round(self) -> None:
-        for parameter, master in self.halves:
-            parameter.copy_(master)
+        for name, parameter in self.halves.items():
+            if name in self.masters:
+                master = self.masters[name]
+                parameter.copy_(nearest(master) if parameter.dtype == torch.bfloat16 else master)
 
     def state(self) -> dict[str, Tensor]:
-        """All that an exact resume needs besides the parameters: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, and `.master` of 16-bit ones."""
+        """All that an exact resume needs besides the parameters: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, `.master` of 16-bit ones, or
+        what `optimizer.states` keeps in their place."""
         found: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                found[f"{name}.master"] = master.detach()
-            for field, value in self.moments.get(name, {}).items():
+        for name, parameter in self.parameters.items():
+            if name in self.masters and self.masters[name] is not parameter:
+                found[f"{name}.master"] = self.masters[name]
+            for field, value in self.kept.get(name, {}).items():
                 found[f"{name}.{field}"] = value
         return found
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Takes back what `state` gave, bit for bit. UserError when it belongs to other parameters."""
+        """Takes back what `state` gave, bit for bit. UserError when it belongs to other parameters or states."""
         self._check(state)
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                master.copy_(state[f"{name}.master"])
-            fields = {field: state[f"{name}.{field}"] for field in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{field}" in state}
-            if fields:
-                self.moments[name] = {field: x.to(self._place(field, master), copy=True) for field, x in fields.items()}
+        for name, parameter in self.parameters.items():
+            if name in self.masters and self.masters[name] is not parameter:
+                self.masters[name].copy_(state[f"{name}.master"])
+            if f"{name}.step" in state:
+                self.kept[name] = {f: state[f"{name}.{f}"].to(self._place(f, name), copy=True) for f in self._fields(name)}
             else:
-                self.moments.pop(name, None)
+                self.kept.pop(name, None)
         self._round()
 
-    def _place(self, field: str, master: Tensor) -> torch.device:
+    def _fields(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of what is kept for a parameter that was updated."""
+        step = {"step": ((), torch.float32)}
+        if self.store is not None:
+            return step | {f: ((n,), dtype) for f, (n, dtype) in self.store.fields(self.parameters[name].numel()).items()}
+        master = self.masters[name]
+        return step | {field: (tuple(master.shape), master.dtype) for field in ("exp_avg", "exp_avg_sq")}
+
+    def _place(self, field: str, name: str) -> torch.device:
         on_cpu = field == "step" and not self.fused  # where torch's AdamW keeps its step counter, too
-        return torch.device("cpu") if on_cpu else master.device
+        return torch.device("cpu") if on_cpu else self.parameters[name].device
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
-        owners = {key.rpartition(".")[0] for key in state}
-        problems = [f"unexpected {name}" for name in sorted(owners - set(self.masters))]
-        for name, master in self.masters.items():
-            if master is not self.parameters[name] and f"{name}.master" not in state:
-                problems.append(f"missing {name}.master")
-            for field in ("master", "exp_avg", "exp_avg_sq"):
-                found = state.get(f"{name}.{field}")
-                if found is not None and found.shape != master.shape:
-                    problems.append(f"{name}.{field} has shape {list(found.shape)}, expected {list(master.shape)}")
-                elif found is not None and found.dtype != master.dtype:
-                    problems.append(f"{name}.{field} is {found.dtype}, expected {master.dtype}")
+        expected = {f"{name}.{field}": kind for name in self.parameters for field, kind in self._fields(name).items()}
+        masters = [name for name in self.masters if self.masters[name] is not self.parameters[name]]
+        expected |= {f"{name}.master": (tuple(self.masters[name].shape), self.masters[name].dtype) for name in masters}
+        problems = [f"unexpected {key}" for key in sorted(state.keys() - expected.keys())]
+        begun = {key.rpartition(".")[0] for key in state if not key.endswith(".master")}
+        needed = [f"{name}.{field}" for name in self.parameters if name in begun for field in self._fields(name)]
+        problems += [f"missing {key}" for key in [*(f"{name}.master" for name in masters), *needed] if key not in state]
+        for key in expected.keys() & state.keys():
+            found, (shape, dtype) = state[key], expected[key]
+            if tuple(found.shape) != shape:
+                problems.append(f"{key} has shape {list(found.shape)}, expected {list(shape)}")
+            elif found.dtype != dtype:
+                problems.append(f"{key} is {found.dtype}, expected {dtype}")
         if problems:
             shown = problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10)
             raise UserError(
                 "the checkpoint's optimizer state belongs to other trained parameters than the config asks for; "
-                "restore model.adapter and model.dtype as they were, or start again in another run.output",
+                "restore model.adapter, model.dtype and optimizer.states as they were, or start again in another run.output",
                 shown,
             )
 
 
-def make_optimizer(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> Optimizer:
-    """An optimizer for the parameters in `named` that are trained (`requires_grad`)."""
-    return Optimizer({name: p for name, p in named.items() if p.requires_grad}, config)
+def make_optimizer(named: Mapping[str, nn.Parameter], config: OptimizerConfig, seed: int = 0) -> Optimizer:
+    """An optimizer for the parameters in `named` that are trained (`requires_grad`); `seed` is for stochastic rounding."""
+    return Optimizer({name: p for name, p in named.items() if p.requires_grad}, config, seed)
 
 
 def decays(parameter: Tensor) -> bool:
@@ -152,10 +194,20 @@ def decays(parameter: Tensor) -> bool:
     return parameter.dim() > 1
 
 
-def _master(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype not in (torch.bfloat16, torch.float16):
+def _require_bfloat16(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+    for name, parameter in parameters.items():
+        if parameter.dtype != torch.bfloat16:
+            raise UserError(
+                f"optimizer.states: {config.states} needs bfloat16 weights, but {name} is {str(parameter.dtype).removeprefix('torch.')}; "
+                "set model.dtype=bfloat16 or optimizer.states=float32"
+            )
+        parameter.data = parameter.data.contiguous()  # updated in flat pieces
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    if parameter.dtype not in HALVES:
         return parameter
-    return nn.Parameter(parameter.detach().to(torch.float32))
+    return parameter.detach().to(torch.float32)
 
 
 def warmup_steps(total: int, config: OptimizerConfig) -> int:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from trueline.errors import RunError, out_of_memory
 from trueline.parallel.world import World, all_sum
@@ -71,7 +71,9 @@ def train_step(
     if not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])):
         optimizer.clear()
         raise _diagnose(optimizer, batches, losses, gradients, step)
-    clip_grads_with_norm_(optimizer.masters.values(), max_norm, norm)
+    shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+    for gradient in gradients.values():
+        gradient.mul_(shrink)
     optimizer.step(lr)
     return result
 

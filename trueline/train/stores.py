@@ -1,0 +1,156 @@
+"""How AdamW's numbers are kept between updates. One rule: a store only keeps; every update is done in float32, on pieces of a weight.
+
+Each store gives the fields it keeps for `n` weights, reads float32 (weight, exp_avg, exp_avg_sq) and writes them back.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trueline.data.stream import key
+
+BLOCK = 256  # 8-bit moments that share a scale, as in arXiv:2110.02861
+PIECE = 1 << 22  # weights that are widened to float32 at once; whole blocks
+LEVELS = 1 << 16  # of a draw
+
+Values = tuple[Tensor, Tensor, Tensor]
+"""weight, exp_avg and exp_avg_sq as float32 `[n]`."""
+
+Draw = Callable[[], Tensor]
+"""The next `[n]` integers from 0 to 65,535, int32."""
+
+
+class Store(Protocol):
+    def fields(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
+        """Length and dtype of what is kept beside `n` bfloat16 weights."""
+
+    def read(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Values:
+        """New float32 tensors, or the kept ones where they are float32 already."""
+
+    def write(self, weight: Tensor, kept: Mapping[str, Tensor], values: Values, draw: Draw) -> None:
+        """Stores `values`, the weight in `weight` and the rest in `kept`."""
+
+
+class Split:
+    """The float32 weight as its nearest bfloat16 and a 16-bit residual: all its bits, in 4 bytes. Moments in float32."""
+
+    def fields(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
+        return {"residual": (n, torch.int16), "exp_avg": (n, torch.float32), "exp_avg_sq": (n, torch.float32)}
+
+    def read(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Values:
+        return join(weight, kept["residual"]), kept["exp_avg"], kept["exp_avg_sq"]
+
+    def write(self, weight: Tensor, kept: Mapping[str, Tensor], values: Values, draw: Draw) -> None:
+        weight.copy_(nearest(values[0]))
+        kept["residual"].copy_(residual(values[0], weight))
+
+
+class Bfloat16:
+    """Weight and moments in bfloat16, each rounded at random in proportion: its mean is the float32 number."""
+
+    def fields(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
+        return {"exp_avg": (n, torch.bfloat16), "exp_avg_sq": (n, torch.bfloat16)}
+
+    def read(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Values:
+        return weight.float(), kept["exp_avg"].float(), kept["exp_avg_sq"].float()
+
+    def write(self, weight: Tensor, kept: Mapping[str, Tensor], values: Values, draw: Draw) -> None:
+        for to, value in zip((weight, kept["exp_avg"], kept["exp_avg_sq"]), values, strict=True):
+            to.copy_(stochastic(value, draw()))
+
+
+class Int8:
+    """The weight as in `Bfloat16`; moments as 8-bit codes, with one float32 scale for each `BLOCK` of them."""
+
+    def fields(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
+        scales = (-(-n // BLOCK), torch.float32)
+        codes = (n, torch.uint8)
+        return {"exp_avg": codes, "exp_avg_scale": scales, "exp_avg_sq": codes, "exp_avg_sq_scale": scales}
+
+    def read(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Values:
+        signed, unsigned = (levels(s).to(weight.device) for s in (True, False))
+        mean = decode(kept["exp_avg"], kept["exp_avg_scale"], signed)
+        return weight.float(), mean, decode(kept["exp_avg_sq"], kept["exp_avg_sq_scale"], unsigned)
+
+    def write(self, weight: Tensor, kept: Mapping[str, Tensor], values: Values, draw: Draw) -> None:
+        weight.copy_(stochastic(values[0], draw()))
+        for name, value, signed in (("exp_avg", values[1], True), ("exp_avg_sq", values[2], False)):
+            codes, scales = encode(value, levels(signed).to(value.device), draw())
+            kept[name].copy_(codes)
+            kept[f"{name}_scale"].copy_(scales)
+
+
+STORES: dict[Literal["split", "bfloat16", "int8"], Store] = {"split": Split(), "bfloat16": Bfloat16(), "int8": Int8()}
+
+
+def draws(seed: int, step: int, index: int, place: int, n: int, device: torch.device) -> Draw:
+    """The draws for `n` weights from `place` on of parameter `index` at its update `step`: a counter-based stream of its own.
+
+    Philox on the CPU and on CUDA, but not the same numbers on both.
+    """
+    number = key(seed, "rounding", step, index, place)
+    if device.type == "cpu":
+        stream = np.random.Philox(key=number)
+        return lambda: torch.from_numpy(stream.random_raw(-(-n // 4)).view(np.uint16)[:n].astype(np.int32))
+    generator = torch.Generator(device).manual_seed(number)
+    return lambda: torch.randint(LEVELS, (n,), dtype=torch.int32, device=device, generator=generator)
+
+
+def nearest(wide: Tensor) -> Tensor:
+    """float32 to the nearest bfloat16, halves away from zero: unlike halves to even, what is cut off always fits in 16 bits."""
+    return ((wide.view(torch.int32) + LEVELS // 2) & -LEVELS).view(torch.float32).to(torch.bfloat16)
+
+
+def stochastic(wide: Tensor, draw: Tensor) -> Tensor:
+    """float32 to one of its two bfloat16 neighbours, to the farther from zero with the share of the way to it that `wide` has gone."""
+    return ((wide.view(torch.int32) + draw) & -LEVELS).view(torch.float32).to(torch.bfloat16)
+
+
+def residual(wide: Tensor, narrow: Tensor) -> Tensor:
+    """What `nearest` cut off, in units of the last float32 bit, int16."""
+    return (wide.view(torch.int32) - narrow.float().view(torch.int32)).to(torch.int16)
+
+
+def join(narrow: Tensor, rest: Tensor) -> Tensor:
+    """The float32 numbers that `nearest` and `residual` were made of, bit for bit."""
+    return (narrow.float().view(torch.int32) + rest).view(torch.float32)
+
+
+@lru_cache
+def levels(signed: bool) -> Tensor:
+    """The 256 numbers from -1 (or 0) to 1 that an 8-bit code stands for, ascending: the dynamic tree of arXiv:2110.02861 section 2.2.
+
+    Each decade down to 1e-6 has half as many as the one above it. The lowest is -1, not the paper's -0.993: nothing lies outside.
+    """
+    found = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
+        middles = 10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2
+        found += [*middles, *(-middles if signed else ())]
+    table = torch.tensor(sorted(found), dtype=torch.float32)
+    table[0] = -1.0 if signed else 0.0
+    return table
+
+
+def decode(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
+    return table[codes.int()] * scales.repeat_interleave(BLOCK)[: len(codes)]
+
+
+def encode(wide: Tensor, table: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes `[n]` and scales `[n / BLOCK]`; each number goes to one of its two neighbours in the table, at random in proportion.
+
+    A positive number never becomes 0 in a table without negative ones: AdamW divides by its root.
+    """
+    blocks = torch.nn.functional.pad(wide, (0, -len(wide) % BLOCK)).view(-1, BLOCK)
+    scales = blocks.abs().amax(-1)
+    share = (blocks / torch.where(scales > 0, scales, 1.0)[:, None]).view(-1)[: len(wide)]
+    below = (torch.searchsorted(table, share, right=True) - 1).clamp_(0, len(table) - 2)
+    way = (share - table[below]) / (table[below + 1] - table[below])
+    codes = below + (draw < way * LEVELS)
+    if table[0] == 0:
+        codes = torch.where(wide > 0, codes.clamp(min=1), codes)
+    return codes.to(torch.uint8), scales
