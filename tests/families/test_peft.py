@@ -223,7 +223,6 @@ def test_an_adapter_that_names_no_base_says_so(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- options
 
 UNSUPPORTED: dict[str, Any] = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "all",
     "modules_to_save": ["lm_head"],
