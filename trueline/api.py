@@ -104,15 +104,22 @@ class Model:
 
 
 def load(
-    path: str | Path, dtype: str = "auto", adapter: str | None = None, tokenizer: str | None = None, template: str = "auto"
+    path: str | Path,
+    dtype: str = "auto",
+    adapter: str | None = None,
+    tokenizer: str | None = None,
+    template: str = "auto",
+    base: str | Path | None = None,
 ) -> Model:
-    """A model folder or hub id of any family, a reward model, or an adapter folder (its base is found by the path it records).
+    """A model folder or hub id of any family, a reward model, or an adapter folder (on `base`, or else the base whose path it records).
 
     `adapter` puts an adapter folder on `path`, whatever base that adapter records. Without tokenizer files it still serves token lists.
     `template` writes conversations down in another family's way, as `model.template` does.
     """
-    settings = {"path": str(path), "dtype": dtype, "tokenizer": tokenizer, "template": template}
-    return Model(open_model(ModelConfig.model_validate(settings), 0, adapter=adapter))
+    if adapter is not None:
+        path, base = adapter, path
+    settings = {"path": str(path), "base": None if base is None else str(base), "dtype": dtype}
+    return Model(open_model(ModelConfig.model_validate(settings | {"tokenizer": tokenizer, "template": template}), 0))
 
 
 Given = str | Path | Mapping[str, Any]

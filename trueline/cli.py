@@ -40,6 +40,9 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value", help="How to sample: temperature=0.7 top_p=0.9 max_new_tokens=200", show_default=False),
 ]
+Base = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Model under the adapter, when it is not where the adapter says.", show_default=False)
+]
 AnyModel = Annotated[str, typer.Argument(metavar="MODEL", help="Model or adapter folder, or a hub id.", show_default=False)]
 
 
@@ -96,17 +99,18 @@ def generate(
     prompts: Annotated[str, typer.Option(metavar="FILE.jsonl", help="Prompts, messages or tokens, one object a line.")],
     out: Annotated[str, typer.Option(metavar="FILE.jsonl", help="Where the answers go, one object a line.")],
     settings: Settings = None,
+    base: Base = None,
 ) -> None:
     """Answer a file of prompts."""
     sampling = _sampling(settings)
-    _recipe("generate").run(model, prompts, out, sampling)
+    _recipe("generate").run(model, prompts, out, sampling, base)
 
 
 @app.command()
-def chat(model: AnyModel, settings: Settings = None) -> None:
+def chat(model: AnyModel, settings: Settings = None, base: Base = None) -> None:
     """Talk with a model in the terminal."""
     sampling = _sampling(settings)
-    _recipe("generate").chat(model, sampling)
+    _recipe("generate").chat(model, sampling, base)
 
 
 @app.command()
@@ -115,11 +119,12 @@ def export(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.", show_default=False)],
     merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the weights.")] = False,
     adapter: Annotated[bool, typer.Option("--adapter", help="Write the adapter alone.")] = False,
+    base: Base = None,
 ) -> None:
     """Write a folder that other tools load."""
     if merge and adapter:
         raise UserError("--merge and --adapter exclude each other; give one")
-    _recipe("export").run(source, out, "merge" if merge else "adapter" if adapter else None)
+    _recipe("export").run(source, out, "merge" if merge else "adapter" if adapter else None, base)
 
 
 @app.command()

@@ -68,7 +68,7 @@ def test_the_files_and_what_they_say(tmp_path: Path) -> None:
     assert options["target_modules"] == ["down_proj", "q_proj", "v_proj"]
     tensors = load_file(folder / "adapter_model.safetensors")
     assert len(tensors) == 12 and tensors[f"{Q0}.lora_A.weight"].shape == (2, 16) and tensors[f"{Q0}.lora_B.weight"].shape == (16, 2)
-    base = {"path": "models/base", "fingerprint": "a" * 64, "template": "auto"}
+    base = {"path": "models/base", "relative": None, "fingerprint": "a" * 64, "template": "auto"}
     assert json.loads((folder / "trueline.json").read_text())["base"] == base
     assert is_adapter(folder) and not is_adapter(tmp_path)
     assert adapter_base(folder) == ("models/base", "a" * 64)
@@ -223,7 +223,6 @@ def test_an_adapter_that_names_no_base_says_so(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- options
 
 UNSUPPORTED: dict[str, Any] = {
-    "use_dora": True,
     "lora_bias": True,
     "bias": "all",
     "modules_to_save": ["lm_head"],

@@ -16,6 +16,7 @@ from trueline.model.heads import LanguageModel, Scorer
 
 CONFIG = DecoderConfig(vocab_size=29, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=24, init_std=0.3)
 LORA = AdapterConfig(kind="lora", rank=3, alpha=6.0, targets=("q", "k", "v", "o", "gate", "up", "down"))
+DORA = LORA.model_copy(update={"dora": True, "rslora": True})
 PTUNING = AdapterConfig(kind="ptuning", tokens=4)
 SAMPLES = [
     Sample([3, 1, 4, 1, 5, 9], [False, False, True, True, True, True]),
@@ -56,7 +57,7 @@ def same_gradients(decoder: Decoder, loss: Callable[[], Tensor], count: int) -> 
         assert torch.equal(gradient, again[name]), name
 
 
-@pytest.mark.parametrize("config", [LORA, PTUNING, LORA.model_copy(update={"dropout": 0.4})])
+@pytest.mark.parametrize("config", [LORA, DORA, PTUNING, *(c.model_copy(update={"dropout": 0.4}) for c in (LORA, DORA))])
 @pytest.mark.parametrize("other", ["critic", None])
 def test_recompute_with_two_roles_run_before_backward(config: AdapterConfig, other: str | None) -> None:
     """The trap: the backward pass of the first role's layers happens after the second role has run."""
@@ -86,7 +87,7 @@ def test_recompute_with_policy_and_critic_heads_on_one_trunk() -> None:
     same_gradients(decoder, loss, 2 + len(adapter_parameters(decoder, "critic")))
 
 
-@pytest.mark.parametrize("config", [LORA, PTUNING])
+@pytest.mark.parametrize("config", [LORA, DORA, PTUNING])
 def test_packed_is_alone(config: AdapterConfig) -> None:
     decoder = make(("policy", config))
     model = LanguageModel(decoder, "policy")
@@ -95,7 +96,7 @@ def test_packed_is_alone(config: AdapterConfig) -> None:
         torch.testing.assert_close(model(pack([sample])), packed, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("config", [LORA, PTUNING])
+@pytest.mark.parametrize("config", [LORA, DORA, PTUNING])
 def test_any_split_gives_the_same_gradient(config: AdapterConfig) -> None:
     decoder = make(("policy", config))
     model = LanguageModel(decoder, "policy")
@@ -105,8 +106,9 @@ def test_any_split_gives_the_same_gradient(config: AdapterConfig) -> None:
         torch.testing.assert_close(gradient, parts[name], rtol=0, atol=1e-12)
 
 
-def test_merged_is_unmerged() -> None:
-    decoder = make(("policy", LORA))
+@pytest.mark.parametrize("config", [LORA, DORA])
+def test_merged_is_unmerged(config: AdapterConfig) -> None:
+    decoder = make(("policy", config))
     batch = pack(SAMPLES)
     before = LanguageModel(decoder, "policy")(batch)
     merge_adapter(decoder, "policy")
@@ -121,7 +123,7 @@ def test_other_roles_do_not_show() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [LORA, PTUNING])
+@pytest.mark.parametrize("config", [LORA, DORA, PTUNING])
 def test_a_preference_run_starts_at_exactly_ln_2(config: AdapterConfig, dtype: torch.dtype) -> None:
     """LoRA against the bare model, P-tuning against a frozen copy of its initial prefix (arXiv:2305.18290 eq. 7 at equal policies)."""
     decoder = make(("policy", config), dtype=dtype, trained=False)

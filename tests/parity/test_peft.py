@@ -73,7 +73,9 @@ class Twins:
         """A copy of their model with a PEFT adapter of random numbers."""
         model = get_peft_model(copy.deepcopy(self.theirs), config).double().eval()
         for name, p in model.named_parameters():
-            if "lora_" in name or "prompt_encoder" in name:
+            if "lora_magnitude" in name:
+                p.data.uniform_(0.5, 2)
+            elif "lora_" in name or "prompt_encoder" in name:
                 p.data.normal_(std=0.3)
         return model
 
@@ -157,6 +159,14 @@ def variants(family: Family) -> dict[str, dict[str, Any]]:
             "rank_pattern": {"o_proj": 6},
             "alpha_pattern": {"o_proj": 2},
         },
+        "weight-decomposed": {"target_modules": linears(family), "use_dora": True},
+        "weight-decomposed, rank-stabilised, in one layer": {
+            "target_modules": linears(family),
+            "use_dora": True,
+            "use_rslora": True,
+            "layers_to_transform": [1],
+            "rank_pattern": {"o_proj": 5},
+        },
         "gaussian": {"target_modules": attention, "init_lora_weights": "gaussian"},
     }
 
@@ -186,14 +196,17 @@ def test_a_projected_prefix_of_peft(twins: Twins, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", [EVERY, ("q", "v"), ("gate",), ("up", "down"), ("up", "gate")])
-def test_our_lora_in_peft_and_back(twins: Twins, targets: Any, tmp_path: Path) -> None:
-    config = AdapterConfig(kind="lora", rank=3, alpha=10, dropout=0.1, targets=targets)
+@pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}, {"rslora": True, "dora": True}], ids=str)
+def test_our_lora_in_peft_and_back(twins: Twins, targets: Any, options: dict[str, bool], tmp_path: Path) -> None:
+    config = AdapterConfig(kind="lora", rank=3, alpha=10, dropout=0.1, targets=targets, **options)
     trained(twins, config)
     save_adapter(tmp_path / "adapter", twins.decoder, "policy", config, twins.base)
     close(twins.logits("policy", FIRST), ask(twins.reload(tmp_path / "adapter"), FIRST))
 
     again = load_adapter(tmp_path / "adapter", twins.decoder, "again", twins.base)
-    assert (again.rank, again.alpha, again.dropout, set(again.targets)) == (3, 10, 0.1, set(targets))
+    assert again.model_copy(update={"targets": targets}) == config and set(again.targets) == set(targets)
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (written["use_rslora"], written["use_dora"]) == (config.rslora, config.dora)
     before, after = (adapter_parameters(twins.decoder, role) for role in ("policy", "again"))
     assert [n.replace("policy", "again") for n in sorted(before)] == sorted(after)
     assert all(torch.equal(p, after[n.replace("policy", "again")]) for n, p in before.items())
@@ -273,11 +286,50 @@ def test_a_reward_models_adapter_of_peft(kind: str, tmp_path: Path) -> None:
     close((twins.logits("policy", FIRST)[-1] @ score[0])[None], ask(model, FIRST))
 
 
+def test_gradients_of_dora_are_pefts(tmp_path: Path) -> None:
+    """In float64, PEFT's constant norm included: a gradient through the norm differs from the first step on."""
+    twins = Twins("llama")
+    model = twins.wrap(LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=10, target_modules=linears(LLAMA), use_dora=True))
+    same_as_peft(twins, model, tmp_path)
+    ask_with_gradient = model(input_ids=torch.tensor([FIRST])).logits[0]
+    (ask_with_gradient.log_softmax(-1)[:, 7] * torch.arange(7)).sum().backward()
+    hidden = twins.decoder(torch.tensor(FIRST), Packed.of([len(FIRST)]), "policy")
+    logits = twins.decoder.head(hidden)  # type: ignore[misc]
+    (logits.log_softmax(-1)[:, 7] * torch.arange(7)).sum().backward()
+    theirs = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+    assert len(theirs) == 3 * 3 * 7
+    for layer in range(3):
+        for name in EVERY:
+            half = twins.decoder.layers[layer].attention if name in "qkvo" else twins.decoder.layers[layer].mlp
+            adapter = half.adapters["policy"][name]
+            part = "self_attn" if name in "qkvo" else "mlp"
+            path = f"base_model.model.model.layers.{layer}.{part}.{name}_proj.lora_"
+            for kind, ours in (("A", adapter.down.weight), ("B", adapter.up.weight), ("magnitude_vector", adapter.magnitude)):
+                torch.testing.assert_close(ours.grad, theirs[f"{path}{kind}.default.weight"], rtol=1e-6, atol=1e-6)
+                assert ours.grad.abs().max() > 1e-3
+
+
+def test_dora_drops_inputs_as_peft_does(tmp_path: Path) -> None:
+    """Dropout acts on the input of the base's part too. All masks are alike here: one linear, the same random state."""
+    twins = Twins("llama")
+    wanted = {"r": 3, "lora_alpha": 10, "lora_dropout": 0.5, "target_modules": ["model.layers.2.mlp.down_proj"], "use_dora": True}
+    model = twins.wrap(LoraConfig(task_type="CAUSAL_LM", **wanted))
+    same_as_peft(twins, model, tmp_path)
+    linear, adapter = twins.decoder.layers[2].mlp.down, twins.decoder.layers[2].mlp.adapters["policy"]["down"]
+    x = torch.randn(5, 20, dtype=torch.float64)
+    model.train(), adapter.train()
+    torch.manual_seed(1)
+    theirs = model.base_model.model.model.layers[2].mlp.down_proj(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(adapter(x, linear(x), linear), theirs, rtol=0, atol=1e-9)
+
+
 # ------------------------------------------------------------------------------------------------------------------------- merging
 
 
-def test_merged_is_unmerged(twins: Twins, tmp_path: Path) -> None:
-    model = twins.wrap(LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=10, target_modules=linears(twins.family)))
+@pytest.mark.parametrize("dora", [False, True])
+def test_merged_is_unmerged(twins: Twins, dora: bool, tmp_path: Path) -> None:
+    model = twins.wrap(LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=10, target_modules=linears(twins.family), use_dora=dora))
     same_as_peft(twins, model, tmp_path)
     before = twins.logits("policy", FIRST, SECOND)
     merge_adapter(twins.decoder, "policy")

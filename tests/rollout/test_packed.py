@@ -30,6 +30,7 @@ CONFIGS = {
 ADAPTERS = {
     "base": None,
     "lora": AdapterConfig(kind="lora", rank=3, alpha=6.0, dropout=0.5, targets=("q", "k", "v", "o", "gate", "up", "down")),
+    "dora": AdapterConfig(kind="lora", rank=3, alpha=6.0, dora=True, rslora=True, targets=("q", "k", "v", "o", "gate", "up", "down")),
     "some_lora": AdapterConfig(kind="lora", rank=2, targets=("k", "down")),
     "ptuning": AdapterConfig(kind="ptuning", tokens=5),
 }

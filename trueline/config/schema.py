@@ -5,36 +5,21 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from trueline.config.adapter import AdapterConfig as AdapterConfig
 from trueline.config.metrics import MetricsConfig
 from trueline.config.section import Config as Config
 from trueline.config.section import refuse_conflicts
 
-Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 Format = Literal["auto", "cvalues", "preference", "sharegpt", "messages", "ranked", "alpaca", "columns", "prompt"]
-
-
 Files = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class AdapterConfig(Config):
-    kind: Literal["full", "lora", "ptuning"] = "full"
-    """What is trained: all weights, low-rank adapters (arXiv:2106.09685), or learned keys and values per layer (arXiv:2110.07602)."""
-    rank: int = Field(8, ge=1)
-    """LoRA: rank of each adapter."""
-    alpha: float = Field(32.0, gt=0)
-    """LoRA: the adapter's output is scaled by alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """LoRA: dropout on the adapter's input while training."""
-    targets: tuple[Projection, ...] = Field(("q", "k", "v", "o"), min_length=1)
-    """LoRA: the projections that get an adapter, by their logical names."""
-    tokens: int = Field(128, ge=1)
-    """P-tuning v2: learned key/value positions per layer."""
 
 
 class ModelConfig(Config):
     path: str
     """Model folder or hub id (config.json, safetensors, tokenizer files); a finished adapter folder works too."""
+    base: str | None = None
+    """Model folder or hub id under the adapter in model.path, when it is not where the adapter says."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer, when the model folder has none or another is wanted."""
     template: str = "auto"

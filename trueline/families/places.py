@@ -32,6 +32,7 @@ class Exported:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, tuple[int, float]] = field(default_factory=dict)  # module -> rank, alpha
+    dora: bool = False
     blocks: dict[str, dict[str, int]] = field(default_factory=dict)  # fused module -> projection -> rank, in the order they are stacked
 
 
@@ -53,7 +54,7 @@ def half_of(decoder: Decoder, place: Place) -> Attention | MLP:
 
 
 def export_lora(decoder: Decoder, role: str, family: Family) -> Exported:
-    """`role`'s LoRA as `MODULE.lora_A.weight` `[R, in]` and `MODULE.lora_B.weight` `[out, R]`."""
+    """`role`'s LoRA as `MODULE.lora_A.weight` `[R, in]`, `.lora_B.weight` `[out, R]` and, with DoRA, `.lora_magnitude_vector` `[out]`."""
     done = Exported()
     for path, place in places(family, decoder.config).items():
         half = half_of(decoder, place)
@@ -67,6 +68,9 @@ def export_lora(decoder: Decoder, role: str, family: Family) -> Exported:
             done.blocks[path] = {n: len(p.down.weight) for n, p in parts.items()}
         done.tensors[f"{path}.lora_A.weight"], done.tensors[f"{path}.lora_B.weight"] = down, up
         done.sizes[path] = (rank, scale * rank)
+        if any(p.magnitude is not None for p in parts.values()):
+            done.dora = True
+            done.tensors[f"{path}.lora_magnitude_vector"] = fuse_magnitudes(parts, place, half, decoder.config)
     if not done.tensors:
         raise ValueError(f"role {role!r} has no adapter to save")
     return done
@@ -94,6 +98,16 @@ def fuse(parts: dict[str, LowRank], place: Place, half: Attention | MLP, config:
             start += up.shape[1]
         ups.append(block)
     return down, place.weight.join(ups, config), first.scale
+
+
+def fuse_magnitudes(parts: dict[str, LowRank], place: Place, half: Attention | MLP, config: DecoderConfig) -> Tensor:
+    """DoRA's row lengths of one linear from those of the linears it is made of; rows without an adapter keep the length they have."""
+    columns = []
+    for name in place.names:
+        magnitude = parts[name].magnitude if name in parts else None
+        rows = magnitude if magnitude is not None else torch.linalg.vector_norm(getattr(half, name).weight, dim=1)
+        columns.append(rows[:, None])
+    return (place.weight.join(columns, config) if place.weight.join else columns[0])[:, 0]
 
 
 def unfuse(

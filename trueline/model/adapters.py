@@ -1,5 +1,5 @@
-"""LoRA and P-tuning v2 on a decoder: add, name, freeze, copy, merge, take off. One rule: an adapter belongs to a role, and the base is
-never touched except by `merge_adapter`.
+"""LoRA, DoRA and P-tuning v2 on a decoder: add, name, freeze, copy, merge, take off. One rule: an adapter belongs to a role, and the base
+is never touched except by `merge_adapter`.
 
 Roles share one trunk: `decoder(tokens, layout, role)` runs with that role's adapter, role None is the bare model.
 """
@@ -29,10 +29,15 @@ def add_adapter(decoder: Decoder, role: str, config: AdapterConfig, seed: int) -
     if config.kind == "lora":
         for half in halves(decoder):
             here = [name for name in config.targets if hasattr(half, name)]
-            attach_low_rank(half, role, dict.fromkeys(here, (config.rank, config.alpha)), config.dropout)
+            attach_low_rank(half, role, dict.fromkeys(here, (config.rank, scaled_alpha(config))), config.dropout, config.dora)
     elif config.kind == "ptuning":
         attach_prefix(decoder, role, config.tokens)
     init_adapter(decoder, role, seed)
+
+
+def scaled_alpha(config: AdapterConfig) -> float:
+    """What is divided by the rank to give the scale; rank-stabilised (arXiv:2312.03732), alpha is divided by the rank's root instead."""
+    return config.alpha * config.rank**0.5 if config.rslora else config.alpha
 
 
 def halves(decoder: Decoder) -> Iterator[Attention | MLP]:
@@ -47,7 +52,7 @@ def low_ranks(half: Attention | MLP, role: str) -> dict[str, LowRank]:
     return dict(cast(nn.ModuleDict, half.adapters[role]).items()) if role in half.adapters else {}  # type: ignore[arg-type]
 
 
-def attach_low_rank(half: Attention | MLP, role: str, sizes: dict[str, tuple[int, float]], dropout: float) -> None:
+def attach_low_rank(half: Attention | MLP, role: str, sizes: dict[str, tuple[int, float]], dropout: float, dora: bool = False) -> None:
     """Adapters with uninitialised memory on one half of a layer; `sizes`: projection -> (rank, alpha)."""
     if not sizes:
         return
@@ -56,7 +61,7 @@ def attach_low_rank(half: Attention | MLP, role: str, sizes: dict[str, tuple[int
     for name, (rank, alpha) in sizes.items():
         linear = getattr(half, name)
         with torch.device("meta"):  # without this the layers' own initialisation would consume global random state
-            adapter = LowRank(linear.in_features, linear.out_features, rank, alpha, dropout)
+            adapter = LowRank(linear.in_features, linear.out_features, rank, alpha, dropout, dora)
         made[name] = adapter.to(linear.weight.dtype).to_empty(device=linear.weight.device)
     half.adapters[role] = nn.ModuleDict(made).train(half.training)
 
@@ -74,12 +79,13 @@ def attach_prefix(decoder: Decoder, role: str, tokens: int) -> None:
 def init_adapter(decoder: Decoder, role: str, seed: int) -> None:
     """Draws `role`'s adapter. Every tensor has its own stream, keyed by the seed and its name, so nothing global is consumed.
 
-    LoRA: `down` uniform in +-1/sqrt(in), `up` zero, so a new adapter changes nothing (arXiv:2106.09685 sect. 4.1). P-tuning: normal with
-    deviation 0.02. A new prefix is NOT without effect (tokens attend to it from the start), so a P-tuning run is measured against a frozen
-    copy of its initial prefix (`copy_adapter`), not against the bare model.
+    LoRA: `down` uniform in +-1/sqrt(in), `up` zero, so a new adapter changes nothing (arXiv:2106.09685 sect. 4.1). DoRA's magnitudes: the
+    lengths of the rows as they are, for the same reason. P-tuning: normal with deviation 0.02.
+    A new prefix is NOT without effect (tokens attend to it from the start), so a P-tuning run is measured against a frozen copy of its
+    initial prefix (`copy_adapter`), not against the bare model.
     """
     for name, parameter in adapter_parameters(decoder, role).items():
-        if parameter.is_meta:
+        if parameter.is_meta or name.endswith(".magnitude"):
             continue
         if name.endswith(".up.weight"):
             parameter.zero_()
@@ -92,6 +98,10 @@ def init_adapter(decoder: Decoder, role: str, seed: int) -> None:
         else:
             draw.normal_(std=PREFIX_STD, generator=generator)
         parameter.copy_(draw)
+    for half in halves(decoder):
+        for name, adapter in low_ranks(half, role).items():
+            if adapter.magnitude is not None and not adapter.magnitude.is_meta:
+                adapter.magnitude.copy_(adapter.row_lengths(getattr(half, name).weight))
 
 
 def adapter_parameters(decoder: Decoder, role: str) -> dict[str, nn.Parameter]:
@@ -123,7 +133,7 @@ def trainable(decoder: Decoder, role: str | None, kind: Kind, keep: Collection[s
 
 @torch.no_grad()
 def merge_adapter(decoder: Decoder, role: str) -> None:
-    """Folds `role`'s LoRA into the base weights (`W + scale * up @ down`) and removes it: every role then starts from the merged base.
+    """Folds `role`'s LoRA into the base weights (`LowRank.merged`) and removes it: every role then starts from the merged base.
 
     The sum is made once, in float32 at least, and rounded once: merging and un-merging in bfloat16 drifts.
     """
@@ -136,9 +146,7 @@ def merge_adapter(decoder: Decoder, role: str) -> None:
     for half in halves(decoder):
         for name, adapter in low_ranks(half, role).items():
             weight = getattr(half, name).weight
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            change = adapter.up.weight.to(wide) @ adapter.down.weight.to(wide)
-            weight.copy_(weight.to(wide) + adapter.scale * change)
+            weight.copy_(adapter.merged(weight))
     remove_adapter(decoder, role)
 
 

@@ -83,19 +83,50 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, config: DecoderConfig) -> Tensor
 
 
 class LowRank(nn.Module):
-    """LoRA (arXiv:2106.09685 eq. 3): `x` `[T, in]` -> `scale * up(down(dropout(x)))` `[T, out]`, zero until trained."""
+    """LoRA (arXiv:2106.09685 eq. 3) beside a linear of weight W `[out, in]`: `scale * up(down(dropout(x)))` is added to its output.
 
-    def __init__(self, size_in: int, size_out: int, rank: int, alpha: float, dropout: float):
+    With `dora` (arXiv:2402.09353 eq. 5) each row of W + scale * up @ down is brought to a learned length, its `magnitude` `[out]`. The
+    rows' own lengths count as constants (sect. 4.3, and PEFT). Neither changes anything until trained.
+    """
+
+    magnitude: nn.Parameter | None
+
+    def __init__(self, size_in: int, size_out: int, rank: int, alpha: float, dropout: float, dora: bool = False):
         super().__init__()
         self.scale = alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.down = nn.Linear(size_in, rank, bias=False)
         self.up = nn.Linear(rank, size_out, bias=False)
         nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
+        self.register_parameter("magnitude", nn.Parameter(torch.ones(size_out)) if dora else None)
         nn.init.zeros_(self.up.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scale * self.up(self.down(self.dropout(x)))
+    def forward(self, x: Tensor, y: Tensor, linear: nn.Linear) -> Tensor:
+        """`y` = `linear(x)` `[T, out]` with this adapter."""
+        inner = self.dropout(x)
+        change = self.scale * self.up(self.down(inner))
+        if self.magnitude is None:
+            return y + change
+        share = self._share(linear.weight)
+        # PEFT's dropout is on the input of both parts
+        dropped = self.training and self.dropout.p > 0
+        bare = F.linear(inner, linear.weight) if dropped else y if linear.bias is None else y - linear.bias
+        return y + (share - 1).to(y.dtype) * bare + share.to(y.dtype) * change
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The linear's `weight` `[out, in]` with this adapter in it, in float32 at least."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(wide) + self.scale * (self.up.weight.to(wide) @ self.down.weight.to(wide))
+        return total if self.magnitude is None else total * self._share(weight)[:, None]
+
+    def row_lengths(self, weight: Tensor) -> Tensor:
+        """Length of each row of W + scale * up @ down `[out]`, a constant to the gradient, rounded as the magnitudes are."""
+        with torch.no_grad():
+            return torch.linalg.vector_norm(weight + self.scale * (self.up.weight @ self.down.weight), dim=1)
+
+    def _share(self, weight: Tensor) -> Tensor:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return cast(Tensor, self.magnitude).to(wide) / self.row_lengths(weight).to(wide)
 
 
 class Prefix(nn.Module):
@@ -113,12 +144,13 @@ def project(module: nn.Module, name: str, x: Tensor, role: str | None) -> Tensor
     The role travels as an argument, not as state: with recompute, the backward pass runs this forward again, under whatever role is
     active by then.
     """
-    y: Tensor = getattr(module, name)(x)
+    linear = cast(nn.Linear, getattr(module, name))
+    y: Tensor = linear(x)
     adapters = cast(nn.ModuleDict, module.adapters)
     if role is not None and role in adapters:
         own = cast(nn.ModuleDict, adapters[role])
         if name in own:
-            y = y + own[name](x)
+            y = own[name](x, y, linear)
     return y
 
 

@@ -75,9 +75,9 @@ class Opened:
         return self.tokenizer
 
 
-def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: str | None = None) -> Opened:
-    """Reads (or draws) the weights. An adapter folder opens its base too; `adapter` names one when `config.path` is to be its base."""
-    path, adapted, name, where = _places(config, adapter)
+def open_model(config: ModelConfig, seed: int, with_head: bool = True) -> Opened:
+    """Reads (or draws) the weights. An adapter folder opens its base too: `config.base`, or the one it records."""
+    path, adapted, name, where = _places(config)
     template = adapter_template(path) if adapted and config.template == "auto" else config.template
     folder = open_folder(where, template)
     name = str(where.resolve()) if Path(name).expanduser().is_dir() else name
@@ -95,7 +95,7 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True, adapter: 
     found = None
     if adapted:
         recorded = adapter_base(path)[1]
-        base = Base(folder.family, name, files_fingerprint(where) if recorded else None)
+        base = Base(folder.family, name, files_fingerprint(where) if recorded else None)  # PEFT's own are judged by their shapes
         found = load_adapter(path, decoder, FOUND, base)
         score = saved if (saved := adapter_score(path, folder.decoder_config.hidden_size)) is not None else score
     tokenizer = _tokenizer(config, path, where)
@@ -116,14 +116,14 @@ def _check_blocks(folder: ModelFolder, tokenizer: Tokenizer | None) -> None:
         )
 
 
-def _places(config: ModelConfig, adapter: str | None = None) -> tuple[Path, bool, str, Path]:
+def _places(config: ModelConfig) -> tuple[Path, bool, str, Path]:
     """What is opened, whether that is an adapter, and the name and folder of the base."""
-    path = resolve(adapter or config.path)
+    path = resolve(config.path)
     adapted = is_adapter(path)
-    if adapter and not adapted:
-        raise UserError(f"{path} is not an adapter folder: it has no adapter_config.json")
-    name = config.path if adapter or not adapted else adapter_base(path)[0]
-    return path, adapted, name, _base_of(path, name) if adapted and not adapter else resolve(name)
+    if config.base and not adapted:
+        raise UserError(f"{path} is not an adapter folder: it has no adapter_config.json, so it has no base")
+    name = config.base or (adapter_base(path)[0] if adapted else config.path)
+    return path, adapted, name, _base_of(path, name) if adapted and not config.base else resolve(name)
 
 
 def settle_dtype(config: C) -> C:
@@ -155,7 +155,7 @@ def _base_of(adapter: Path, name: str) -> Path:
     try:
         return resolve(name)
     except UserError as error:
-        advice = "put the base back, or write where it is now as base_model_name_or_path into adapter_config.json"
+        advice = "put the base back, or say where it is: --base DIR, or model.base"
         raise UserError(f"{adapter} is an adapter, and its base is not to be had: {error}; {advice}") from None
 
 
@@ -210,7 +210,7 @@ def train_role(
     if found is None:
         add_adapter(decoder, role, wanted, key(seed, f"adapter {role}"))
         return role, trainable(decoder, role, wanted.kind)
-    shape = ("kind", "rank", "alpha", "targets") if wanted.kind == "lora" else ("kind", "tokens")
+    shape = ("kind", "rank", "alpha", "rslora", "dora", "targets") if wanted.kind == "lora" else ("kind", "tokens")
     differs = [name for name in shape if _plain(getattr(found, name)) != _plain(getattr(wanted, name))]
     if differs:
         there, asked = (", ".join(f"{n}: {_plain(getattr(adapter, n))}" for n in differs) for adapter in (found, wanted))

@@ -28,7 +28,7 @@ Dtype = Literal["float32", "bfloat16", "float64"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.25}  # nats, or units of score; merging rounds once
 
 
-def run(source: str, out: str, kind: str | None = None) -> None:
+def run(source: str, out: str, kind: str | None = None, base: str | None = None) -> None:
     """Writes `source` (a run folder, a model or an adapter folder) to the new folder `out`.
 
     `kind` merge folds an adapter into its base, adapter writes it alone; None keeps what it is.
@@ -41,8 +41,8 @@ def run(source: str, out: str, kind: str | None = None) -> None:
         raise UserError(f"{folder} is a whole model, so there is no adapter to write alone; leave --adapter out")
     if kind == "merge" and not adapted:
         raise UserError(f"{folder} is a whole model already, so there is nothing to merge; leave --merge out")
-    dtype = _dtype(folder, alone=adapted and kind != "merge")
-    opened = open_model(ModelConfig(path=str(folder), dtype=dtype), 0)
+    dtype = _dtype(folder, base, alone=adapted and kind != "merge")
+    opened = open_model(ModelConfig(path=str(folder), base=base, dtype=dtype), 0)
     before = probe(opened)
     temporary = target.with_name(f".{target.name}.unproven")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -61,9 +61,9 @@ def run(source: str, out: str, kind: str | None = None) -> None:
     print(f"{target}: {what}, read back and equal (largest difference {worst:.2g})")
 
 
-def _dtype(folder: Path, alone: bool) -> Dtype:
+def _dtype(folder: Path, base: str | None, alone: bool) -> Dtype:
     """The stored number format, whatever this machine would compute in; an adapter `alone` is kept in float32 at least."""
-    config = open_folder(resolve(adapter_base(folder)[0]) if is_adapter(folder) else folder).config
+    config = open_folder(resolve(base or adapter_base(folder)[0]) if is_adapter(folder) else folder).config
     stored = config.get("dtype") or config.get("torch_dtype")
     if stored == "float64":
         return "float64"

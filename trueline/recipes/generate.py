@@ -26,9 +26,10 @@ from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Rollout, Sampling
 
 
-def run(model: str, prompts: str, out: str, settings: GenerateConfig) -> None:
+def run(model: str, prompts: str, out: str, settings: GenerateConfig, base: str | None = None) -> None:
     """Reads `{"prompt"}`, `{"messages"}` or `{"tokens"}` a line, writes `{"prompt", "response", "tokens", "logprobs", "finish"}` a line."""
-    opened = open_model(ModelConfig(path=model, tokenizer=settings.tokenizer, template=settings.template), settings.seed)
+    where = ModelConfig(path=model, base=base, tokenizer=settings.tokenizer, template=settings.template)
+    opened = open_model(where, settings.seed)
     language_model = language_model_of(opened)
     given = [item for item in read_prompts(prompts, opened) for _ in range(settings.n)]
     seeds = [key(settings.seed, "generate", i) for i in range(len(given))]
@@ -120,9 +121,10 @@ def language_model_of(opened: Opened) -> LanguageModel:
     return LanguageModel(speaking(opened).decoder, opened.role).requires_grad_(False).eval()
 
 
-def chat(model: str, settings: GenerateConfig) -> None:
+def chat(model: str, settings: GenerateConfig, base: str | None = None) -> None:
     """A conversation in the terminal: an empty line or end of input ends it, /new begins another."""
-    opened = open_model(ModelConfig(path=model, tokenizer=settings.tokenizer, template=settings.template), settings.seed)
+    where = ModelConfig(path=model, base=base, tokenizer=settings.tokenizer, template=settings.template)
+    opened = open_model(where, settings.seed)
     language_model, console = language_model_of(opened), Console()
     tokens = opened.text()
     messages: list[Message] = []

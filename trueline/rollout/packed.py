@@ -157,7 +157,7 @@ def _merged(half: Attention | MLP, role: str | None) -> dict[str, tuple[Tensor, 
         if isinstance(linear, nn.Linear):
             weight = linear.weight.detach()
             if name in adapters:
-                weight = weight + adapters[name].scale * (adapters[name].up.weight @ adapters[name].down.weight)
+                weight = adapters[name].merged(weight)
             merged[name] = (weight, None if linear.bias is None else linear.bias.detach())
     return merged
 
