@@ -8,6 +8,7 @@ import gzip
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO, cast
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"

@@ -1,8 +1,9 @@
 """Safetensors in and out: named tensors of a model folder, one at a time. Nothing is ever unpickled, nothing outside the folder is read."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,22 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         with _opened(path) as file:
             for name in file.keys():
                 yield name, file.get_tensor(name)
+
+
+def tensor_places(folder: Path) -> dict[str, Callable[[], Tensor]]:
+    """Each tensor's name -> what reads it, and it alone; refuses what `read_tensors` refuses."""
+
+    def read(path: Path, name: str) -> Tensor:
+        with _opened(path) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    found: dict[str, Callable[[], Tensor]] = {}
+    read_shapes(folder)
+    for path, _ in _shards(folder):
+        with _opened(path) as file:
+            found |= {name: partial(read, path, name) for name in file.keys()}
+    return found
 
 
 def write_tensors(
