@@ -8,7 +8,7 @@ import gzip
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"
@@ -42,8 +42,7 @@ def _find(path: str) -> list[str]:
     return [path]
 
 
-def open_bytes(path: str) -> BinaryIO:
+def open_bytes(path: str) -> io.BufferedReader:
     """The file's bytes, unpacked when its name ends in .gz."""
-    if path.lower().endswith(PACKED):
-        return cast(BinaryIO, io.BufferedReader(gzip.open(path), 1 << 18))
-    return open(path, "rb", buffering=1 << 18)
+    raw = gzip.open(path) if path.lower().endswith(PACKED) else open(path, "rb", buffering=0)
+    return io.BufferedReader(cast(io.RawIOBase, raw), 1 << 18)

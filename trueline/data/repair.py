@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from trueline.data.files import open_bytes, suffix
 from trueline.data.formats import FileValues
@@ -158,7 +158,7 @@ def _one_a_line(lines: Iterator[tuple[int, str]], fixes: Counter[str]) -> Iterat
             fixes["empty line"] += 1
 
 
-def _lines(file: BinaryIO, fixes: Counter[str]) -> Iterator[tuple[int, str]]:
+def _lines(file: io.BufferedReader, fixes: Counter[str]) -> Iterator[tuple[int, str]]:
     """Decoded lines without their ends: UTF-8, UTF-16 with its mark, or Chinese in GBK; bytes of none of them stay as they are."""
     if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
         fixes["UTF-16 text"] += 1
