@@ -179,7 +179,9 @@ def test_recipes_get_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
     assert type(ppo[1][0]).__name__ == "PpoStageConfig" and ppo[1][0].reward.model == "judge" and ppo[1][1] is False  # type: ignore[attr-defined]
     assert generate[1][:3] == ("m", "p", "o") and (generate[1][3].temperature, generate[1][3].n) == (0.7, 2)  # type: ignore[attr-defined]
     assert (export, check, demo) == (
-        ("export", ("run", "out", "merge", None)), ("check", (["a", "b"], "m", 2, "alpaca", None, None, None, "auto")), ("demo", ("demo", 5)),
+        ("export", ("run", "out", "merge", None)),
+        ("check", (["a", "b"], "m", 2, "alpaca", None, None, None, "auto")),
+        ("demo", ("demo", 5)),
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,6 @@ import trueline as api
 from tests.recipes.commands import Commands
 from tests.recipes.reading import PROBES
 from tests.recipes.toys import KINDS, Toys
-from trueline.config.schema import ModelConfig
-from trueline.errors import RunError
-from trueline.recipes.assemble import open_model
-from trueline.recipes.export import compare_with_base, prove
-from trueline.recipes.gate import probe, rendered
 
 
 @pytest.fixture(scope="module")
@@ -108,15 +102,15 @@ def test_a_full_disk(trueline: Commands, runs: dict[str, Path], tmp_path: Path) 
     assert "the disk is full" in message and list(tmp_path.iterdir()) == []
 
 
-def test_what_the_gate_found_stands_in_the_card(trueline: Commands, runs: dict[str, Path], toys: Toys, tmp_path: Path) -> None:
+def test_what_the_gate_found_stays_in_the_folder(trueline: Commands, runs: dict[str, Path], tmp_path: Path) -> None:
     told = trueline("export", runs["sft-lora"], tmp_path / "merged", "--merge").ok()
     assert "Built with glm-4" in told.err
-    card = (tmp_path / "merged" / "README.md").read_text("utf-8")
-    proof = json.loads(card.partition("```json\n")[2].partition("```")[0])
-    assert proof["template"] == "equal" and proof["probes"] == 8 * 24 and proof["transformers"]["largest difference"] < 1e-3
+    proof = json.loads((tmp_path / "merged" / "export.json").read_text("utf-8"))
+    assert proof["probes"] == 12 and proof["largest difference"] < 1e-4 and proof["others"]["versions"]
     layers, targeted = 2, 4  # q, v and the fused gate and up, down
-    assert proof["tensors"]["changed"] == layers * targeted and proof["tensors"]["new"] == 0
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == str(toys.model("glm").resolve()) and "| stage | sft |" in card
+    assert len(proof["changed"]) == layers * targeted
+    card = (tmp_path / "merged" / "README.md").read_text("utf-8")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "glm" and "| stage | sft |" in card
 
 
 def test_an_export_that_is_the_base_is_refused(trueline: Commands, runs: dict[str, Path], toys: Toys, tmp_path: Path) -> None:
@@ -124,43 +118,5 @@ def test_an_export_that_is_the_base_is_refused(trueline: Commands, runs: dict[st
     run = tmp_path / "run"
     shutil.copytree(runs["sft-full"], run)
     shutil.copyfile(toys.model("glm") / "model.safetensors", run / "model" / "model.safetensors")
-    assert "the export equals its base" in trueline("export", run, tmp_path / "out").refused(1)
+    assert "it equals its base" in trueline("export", run, tmp_path / "out").refused(1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
-
-
-def tampered(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name] = change(tensors[name])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda f: tampered(f, "model.norm.weight", lambda t: t * 1.5), "differs by"),
-        (lambda f: tampered(f, "model.norm.weight", lambda t: t * torch.nan), "differs by nan"),
-        (lambda f: tampered(f, "model.norm.weight", lambda t: t[:-1].clone()), "does not load in a process of its own"),
-        (lambda f: (f / "config.json").write_text("{"), "does not load in a process of its own"),
-        (lambda f: retokenised(f), "writes a conversation as other tokens"),
-    ],
-)
-def test_damage_after_writing_is_found(toys: Toys, tmp_path: Path, change: Callable[[Path], object], sentence: str) -> None:
-    shutil.copytree(toys.model("glm"), tmp_path / "model")
-    opened = open_model(ModelConfig(path=str(toys.model("glm")), dtype="float32"), 0)
-    change(tmp_path / "model")
-    with pytest.raises(RunError, match=sentence):
-        prove(tmp_path / "model", "float32", probe(opened), rendered(opened))
-
-
-def retokenised(folder: Path) -> None:
-    layout = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    for token in layout["added_tokens"]:  # two control tokens change places
-        token["id"] = {3: 4, 4: 3}.get(token["id"], token["id"])
-    (folder / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
-
-
-def test_a_change_outside_what_was_trained_is_found(toys: Toys, tmp_path: Path) -> None:
-    shutil.copytree(toys.model("glm"), tmp_path / "model")
-    tampered(tmp_path / "model", "model.norm.weight", lambda t: t + 1)
-    with pytest.raises(RunError, match="1 tensors that were not trained, first model.norm.weight"):
-        compare_with_base(tmp_path / "model", toys.model("glm"), {"model.layers.0.self_attn.q_proj.weight"}, trained=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from trueline.data.conversation import Conversation, Message
 from trueline.errors import RunError, UserError, disk_full
 from trueline.families.family import Encoder, Family, stop_ids
-from trueline.families.folder import SCORE, TEMPLATE, ModelFolder, weight_slots
+from trueline.families.folder import SCORE, TEMPLATE, ModelFolder, fingerprint, weight_slots
 from trueline.model.decoder import Decoder
 from trueline.model.weights import write_tensors
 
@@ -55,11 +55,13 @@ def save_folder(
     score: Tensor | None = None,
     replace: bool = False,
     shard_bytes: float = 5e9,
+    hashes: dict[str, str] | None = None,
 ) -> None:
     """Writes config.json, generation_config.json, the tokenizer's files and safetensors, then renames the whole into place.
 
     `folder` is where the decoder came from; `score` `[1, D]` makes it a reward model (a sequence classifier of one label). An `out` that is
     there and not empty is refused unless `replace`. A disk that is full, or cannot be written, is a RunError and leaves nothing behind.
+    `hashes` is filled with what `fingerprint` says of each tensor, before it is written.
     """
     out = Path(out)
     if score is None and decoder.head is None:
@@ -70,7 +72,7 @@ def save_folder(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(temporary, decoder, folder, tokenizer, score, shard_bytes)
+        _write(temporary, decoder, folder, tokenizer, score, shard_bytes, hashes)
         for path in temporary.iterdir():
             path.chmod((temporary / "config.json").stat().st_mode)  # safetensors' own are for their writer's eyes only
             _sync(path)
@@ -84,7 +86,13 @@ def save_folder(
 
 
 def _write(
-    place: Path, decoder: Decoder, folder: ModelFolder, tokenizer: SavedTokenizer | None, score: Tensor | None, shard_bytes: float
+    place: Path,
+    decoder: Decoder,
+    folder: ModelFolder,
+    tokenizer: SavedTokenizer | None,
+    score: Tensor | None,
+    shard_bytes: float,
+    hashes: dict[str, str] | None,
 ) -> None:
     family = folder.family
     pad = _padding(folder, tokenizer) if score is not None else folder.config.get("pad_token_id")
@@ -107,7 +115,14 @@ def _write(
         if generation:
             _write_json(place / "generation_config.json", generation)
     _write_json(place / "config.json", config)
-    write_tensors(place, export_tensors(decoder, family, score), shard_bytes)
+    tensors = export_tensors(decoder, family, score)
+    write_tensors(place, tensors if hashes is None else _noted(tensors, hashes), shard_bytes)
+
+
+def _noted(tensors: Iterator[tuple[str, Tensor]], hashes: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        hashes[name] = fingerprint([(name, tensor)])
+        yield name, tensor
 
 
 def _padding(folder: ModelFolder, tokenizer: SavedTokenizer | None) -> int | None:

@@ -1,13 +1,15 @@
-"""The export gate's other side: a process of its own that knows nothing but the written folder, and says what it finds there.
+"""The export's gate: run in a process of its own, it loads a written folder and says what it found there.
 
-`python -m trueline.recipes.gate FOLDER DTYPE` prints one JSON object. This is the only place of the product that may load transformers, and
-only here, in the child: to ask another program what the folder is. No code of the folder is ever run.
+`python -m trueline.recipes.gate` reads a request, one JSON object, from standard input and writes its findings to the file the request
+names. It judges nothing: `export` compares the findings with what was meant to be written. This process alone may load transformers and
+PEFT, where they are installed, to load the folder as others will; no code of a folder runs there either.
 """
 
-import importlib
-import importlib.util
 import json
 import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,67 +18,138 @@ from torch import Tensor
 
 from trueline.config.schema import ModelConfig
 from trueline.data.conversation import Conversation, Message
-from trueline.data.sample import sample_of
+from trueline.data.sample import Sample, sample_of
 from trueline.data.stream import key
+from trueline.families.folder import fingerprint
 from trueline.families.peft import is_adapter
 from trueline.model.batch import pack
 from trueline.model.heads import LanguageModel
-from trueline.recipes.assemble import Opened, make_scorer, open_model
+from trueline.model.weights import read_tensors, tensor_places
+from trueline.recipes.assemble import Opened, files_fingerprint, make_scorer, open_model
 
-PROBES, LENGTH = 8, 24
-TALK = (Message("user", "你好, what is 2 + 3?\n"), Message("assistant", "5。"), Message("user", "<|im_end|> and 再加 1?"))
+TALKS = (
+    Conversation((Message("user", "What is 2 + 2?"), Message("assistant", "4"))),
+    Conversation((Message("system", "Be brief."), Message("user", "你好，世界"), Message("assistant", "Hello. 你好。"))),
+    Conversation((Message("user", "One"), Message("assistant", "1"), Message("user", "Two,\nthree"), Message("assistant", "2 3"))),
+)
+"""Conversations every family can write down."""
+MARKED = Conversation((Message("user", "<|im_end|> </s> <|user|>\n"), Message("assistant", "as text")))
+"""Text that looks like control tokens. Other programs make control tokens of it, so it is for our own renderer alone."""
 
 
-def probe_rows(vocabulary: int) -> list[list[int]]:
-    """Fixed pseudo-random token sequences."""
-    return [[key(0, "probe", i, t) % vocabulary for t in range(LENGTH)] for i in range(PROBES)]
+def probes(opened: Opened) -> list[Sample]:
+    """Eight fixed pseudo-random token sequences, and the conversations where there is a tokenizer."""
+    vocabulary = opened.folder.decoder_config.vocab_size
+    special = {opened.folder.config.get("pad_token_id")}
+    rows = [[token for t in range(24) if (token := key(0, "probe", i, t) % vocabulary) not in special] or [1] for i in range(8)]
+    samples = [sample_of(row, [False] + [True] * (len(row) - 1), opened.folder.decoder_config.blocks) for row in rows]
+    return samples + ([opened.folder.family.render(talk, opened.tokenizer) for talk in (*TALKS, MARKED)] if opened.tokenizer else [])
 
 
 @torch.no_grad()
-def probe(opened: Opened) -> Tensor:
-    """Log-probabilities (a reward model: scores) of the probes' tokens `[PROBES * LENGTH]`, as far as float64."""
-    config = opened.folder.decoder_config
-    rows = probe_rows(config.vocab_size)
-    batch = pack([sample_of(row, [True] * len(row), config.blocks) for row in rows]).to(opened.decoder.embed.weight.device)
-    if opened.score is not None:
-        return make_scorer(opened.decoder, opened.role, opened.score).eval()(batch).double().cpu()
-    return LanguageModel(opened.decoder, opened.role).eval()(batch).double().cpu()
+def values(opened: Opened, samples: Sequence[Sample]) -> list[list[float]]:
+    """Log-probability of each token after the first (a reward model: the score of each), sample by sample, as far as float64."""
+    found = []
+    for sample in samples:
+        whole = Sample(sample.tokens, [False] + [True] * (len(sample) - 1), sample.context, sample.anchor)
+        batch = pack([whole]).to(opened.decoder.embed.weight.device)
+        scored = opened.score is not None
+        module = make_scorer(opened.decoder, opened.role, opened.score) if scored else LanguageModel(opened.decoder, opened.role)
+        out: Tensor = module.eval()(batch)
+        found.append((out if scored else out[1:]).double().tolist())
+    return found
 
 
-def rendered(opened: Opened) -> list[int] | None:
-    """Tokens of a fixed conversation as a prompt; None without a tokenizer."""
-    if opened.tokenizer is None:
-        return None
-    return opened.folder.family.render(Conversation(TALK), opened.tokenizer, open=True).tokens
+def inspect(request: dict[str, Any]) -> dict[str, Any]:
+    """What is in the folder, by our own loader and by others'."""
+    folder, base = Path(request["folder"]), request["base"]
+    adapted = is_adapter(folder)
+    opened = open_model(ModelConfig(path=str(folder), base=base if adapted else None, dtype=request["dtype"]), 0)
+    samples = probes(opened)
+    rendered = [sample.tokens for sample in samples[8:]]
+    prompts = [talk_prompt(opened, talk) for talk in TALKS] if opened.tokenizer else []
+    found = {"values": values(opened, samples), "rendered": rendered, "prompts": prompts}
+    if adapted:
+        found["base"] = files_fingerprint(opened.folder.path)
+    else:
+        found |= weights(folder, Path(base) if base else None)
+    where = str(opened.folder.path)
+    del opened
+    return found | {"others": others(request, where, [sample.tokens for sample in samples], adapted)}
 
 
-def findings(folder: str, dtype: str) -> dict[str, Any]:
-    """What the folder is to our loader and, where it has the class, to transformers."""
-    opened = open_model(ModelConfig.model_validate({"path": folder, "dtype": dtype}), 0)
-    return {"probes": probe(opened).tolist(), "template": rendered(opened), "transformers": _theirs(folder, opened)}
+def talk_prompt(opened: Opened, talk: Conversation) -> list[int]:
+    """The prompt of a conversation's last answer."""
+    return opened.folder.family.render(Conversation(talk.messages[:-1]), opened.text(), open=True).tokens
 
 
-def _theirs(folder: str, opened: Opened) -> dict[str, Any] | None:
-    """Version and probes by transformers; None where it is not installed, has no such class, or the folder is an adapter."""
-    name = opened.folder.family.architecture if opened.score is None else opened.folder.family.scorer_architecture
-    if is_adapter(Path(folder)) or importlib.util.find_spec("transformers") is None:
-        return None
-    library: Any = importlib.import_module("transformers")
-    kind = getattr(library, name, None)
+def weights(folder: Path, base: Path | None) -> dict[str, Any]:
+    """Hash and dtype of each tensor; with a `base`, which of them differ from it, which it lacks, and which of its own are gone.
+
+    At most one tensor of each folder is in memory.
+    """
+    theirs = tensor_places(base) if base else {}
+    hashes, dtypes, changed, added = {}, {}, [], []
+    for name, tensor in read_tensors(folder):
+        hashes[name], dtypes[name] = fingerprint([(name, tensor)]), str(tensor.dtype).removeprefix("torch.")
+        if name not in theirs:
+            added.append(name)
+        elif not torch.equal(theirs[name]().to(tensor.dtype), tensor):
+            changed.append(name)
+    return {"hashes": hashes, "dtypes": dtypes, "changed": changed, "added": added, "gone": sorted(theirs.keys() - hashes.keys())}
+
+
+def others(request: dict[str, Any], where: str, tokens: list[list[int]], adapted: bool) -> dict[str, Any]:
+    """The same probes through transformers and PEFT, or why not: {"skipped": reason}."""
+    try:
+        versions = {name: version(name) for name in ("transformers", *(["peft"] if adapted else []))}
+    except PackageNotFoundError as missing:
+        return {"skipped": f"{missing.name} is not installed"}
+    transformers: Any = import_module("transformers")
+    transformers.utils.logging.set_verbosity_error()
+    kind = getattr(transformers, request["architecture"], None)
     if kind is None:
-        return None
-    model = kind.from_pretrained(folder, dtype=opened.decoder.embed.weight.dtype, local_files_only=True).eval()
-    rows = torch.tensor(probe_rows(opened.folder.decoder_config.vocab_size))
-    with torch.no_grad():
-        if opened.score is not None:
-            # theirs scores the last token that is no pad, ours every token: compared are sequences that end in an ordinary one
-            model.config.pad_token_id = None
-            found = torch.cat([model(row[None]).logits[:, 0] for row in rows])
-            return {"version": library.__version__, "last": found.double().tolist()}
-        table = model(rows).logits.double().log_softmax(-1)
-        picked = table[:, :-1].gather(-1, rows[:, 1:, None])[..., 0]
-    return {"version": library.__version__, "probes": torch.nn.functional.pad(picked, (1, 0)).flatten().tolist()}
+        return {"skipped": f"transformers {versions['transformers']} has no class {request['architecture']}"}
+    labels = {"num_labels": 1} if request["scored"] else {}
+    dtype = getattr(torch, request["dtype"])
+    model = kind.from_pretrained(where, dtype=dtype, use_safetensors=True, local_files_only=True, **labels)
+    if adapted:
+        peft: Any = import_module("peft")
+        model = peft.PeftModel.from_pretrained(model, request["folder"], local_files_only=True)
+    found: dict[str, Any] = {"versions": versions, "values": [asked(model.eval(), row, request["scored"]) for row in tokens]}
+    if request["template"]:
+        found |= prompts_of_transformers(transformers, request)
+    return found
+
+
+@torch.no_grad()
+def asked(model: Any, row: list[int], scored: bool) -> list[float]:
+    """As `values`, by a model of transformers; of a classifier the last token's score only."""
+    logits = model(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.int64)).logits[0].double()
+    if scored:
+        return [float(logits[0])]
+    picked: list[float] = logits[:-1].log_softmax(-1).gather(1, torch.tensor(row[1:])[:, None])[:, 0].tolist()
+    return picked
+
+
+def prompts_of_transformers(transformers: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The conversations' prompts by `apply_chat_template`, where transformers has a class for the tokenizer's files."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(request["folder"], local_files_only=True)
+    except Exception as problem:  # every tokenizer class fails in its own way on files that are not its own
+        return {"no tokenizer": f"{type(problem).__name__}: {problem}".splitlines()[0]}
+    found = []
+    for talk in TALKS:
+        messages = [{"role": m.role, "content": m.content} for m in talk.messages[:-1]]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        found.append(tokenizer(text, add_special_tokens=False).input_ids)
+    return {"prompts": found}
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    Path(request["findings"]).write_text(json.dumps(inspect(request)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    print(json.dumps(findings(sys.argv[1], sys.argv[2])))
+    main()
