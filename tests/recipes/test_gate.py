@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.recipes.commands import Commands
-from tests.recipes.toys import FAMILIES, KINDS, WHOLE, Toys
+from tests.recipes.toys import FAMILIES, KINDS, Toys
 from trueline.errors import RunError
 from trueline.model.adapters import remove_adapter
 from trueline.recipes import export
@@ -126,6 +126,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, source: Path, out: Path, kind: str 
     return str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_tampering_is_caught(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, case: str) -> None:
     run, kind, tamper, sentence = CASES[case]
@@ -170,6 +171,7 @@ def test_the_report(runs: dict[str, Path], toys: Toys, tmp_path: Path, capsys: p
     assert "read back and equal in trueline, transformers, peft" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_is_said(
     toys: Toys, trueline: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -184,7 +186,8 @@ def test_a_base_that_is_gone_is_said(
 # --------------------------------------------------------------------------------------------------------- what is in the folder
 
 
-@pytest.mark.parametrize("family", [name if name in WHOLE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_exported(toys: Toys, tmp_path: Path, family: str) -> None:
     """The template is in the folder where a prompt can be one text, and transformers agrees with it where it has the class."""
     export.run(str(toys.model(family)), str(tmp_path / "out"))
@@ -193,6 +196,7 @@ def test_every_family_is_exported(toys: Toys, tmp_path: Path, family: str) -> No
     assert (tmp_path / "out" / "chat_template.jinja").is_file() == (family not in ("chatglm", "chatglm2", "chatglm3"))
 
 
+@pytest.mark.slow
 def test_the_card_and_the_licence(
     runs: dict[str, Path], toys: Toys, trueline: Commands, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +218,7 @@ def test_the_card_and_the_licence(
     assert yaml.safe_load((tmp_path / "adapter" / "README.md").read_text().split("---\n")[1])["library_name"] == "peft"
 
 
+@pytest.mark.slow
 def test_code_is_named_by_hub_id_only(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     shutil.copytree(toys.model("chatglm4"), base)
@@ -244,6 +249,7 @@ def test_a_template_that_gives_our_prompts_is_kept(toys: Toys, tmp_path: Path, c
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == SAME and "note" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_template_that_does_not_is_replaced(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str], wrong: str) -> None:
     shutil.copytree(toys.model(), tmp_path / "base")
