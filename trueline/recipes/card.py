@@ -25,8 +25,8 @@ from trueline.train.run import read_status
 LICENCES = ("LICENSE*", "LICENCE*", "MODEL_LICENSE*", "NOTICE*", "USE_POLICY*")
 CHATGLM_TERMS = "ChatGLM's licence asks for a registration before commercial use, and forbids some uses; see MODEL_LICENSE of the base"
 TERMS = {
-    "glm": "GLM-4's licence asks that a derived model's name begin with glm-4, that its page say \"Built with glm-4\", and that commercial use "
-    "be registered",
+    "glm": "GLM-4's licence asks that a derived model's name begin with glm-4, that its page say \"Built with glm-4\", and that "
+    "commercial use be registered",
     **dict.fromkeys(("chatglm", "chatglm2", "chatglm3"), CHATGLM_TERMS),
 }
 TERMS["chatglm4"] = TERMS["glm"]
