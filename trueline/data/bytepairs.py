@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Sequence
 
 import tiktoken
-import tokenizers
 from tokenizers import models, normalizers
 
 Encode = Callable[[str], list[int]]
@@ -62,15 +61,14 @@ class QuickEncoder:
         made = [self.vocabulary.get(left + right, -1) for left, right in self.merges]
         if any(later <= earlier for earlier, later in zip(made, made[1:], strict=False)) or (made and made[0] < 0):
             return self.first
+        alone = models.BPE(vocab=self.vocabulary, merges=list(self.merges))
         table = byte_table()
-        alone = tokenizers.Tokenizer(models.BPE(vocab=self.vocabulary, merges=list(self.merges)))
-        names = [name for name in self.vocabulary if all(character in table for character in name)]
+        plain = str.maketrans({character: chr(byte) for character, byte in table.items()})
         ranks: dict[bytes, int] = {}
-        for first in range(0, len(names), 4096):  # a few at a time, for the engine's answers are large
-            part = names[first : first + 4096]
-            for name, found in zip(part, alone.encode_batch_fast(part, add_special_tokens=False), strict=True):
-                if len(found) == 1:  # no other token has this one's bytes
-                    ranks[bytes(map(table.__getitem__, name))] = self.vocabulary[name]
+        for name, token in self.vocabulary.items():
+            # no other token has this one's bytes
+            if all(map(table.__contains__, name)) and len(alone.tokenize(name)) == 1:
+                ranks[name.translate(plain).encode("latin-1")] = token
         if any(bytes([byte]) not in ranks for byte in range(256)):
             return self.first
         return tiktoken.Encoding("quick", pat_str=self.pattern, mergeable_ranks=ranks, special_tokens={}).encode_ordinary

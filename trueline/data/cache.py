@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from trueline.errors import RunError, UserError, disk_full
 FORMAT = 1
 CHUNK = 10_000  # records; what a kill can cost
 MANIFEST = "manifest.json"
+_SIZES = struct.Struct("qq")  # tokens and context of a sample, in front of them in its digest
 T = TypeVar("T")
 Kind = Literal["sample", "pair", "prompt"]
 SIDES: dict[Kind, tuple[str, ...]] = {"sample": ("",), "pair": ("chosen_", "rejected_"), "prompt": ("",)}
@@ -153,11 +155,15 @@ def items_fingerprint(*parts: Sequence[Any]) -> str:
 
 def digest(item: Sample | Pair | TokenPrompt) -> bytes:
     """16 bytes that tell an item's tokens, trained tokens and contexts from any other's."""
-    found = hashlib.blake2b(digest_size=16)
-    for sample in _samples(item):
-        found.update(array("q", [len(sample.tokens), sample.context]).tobytes())
-        found.update(array("I", sample.tokens).tobytes() + bytes(sample.trained))
-    return found.digest()
+    return _digest([_parts(sample) for sample in _samples(item)])
+
+
+def _digest(samples: Sequence[tuple[bytes, "array[int]", bytes]]) -> bytes:
+    return hashlib.blake2b(b"".join(part for parts in samples for part in parts), digest_size=16).digest()
+
+
+def _parts(sample: Sample) -> tuple[bytes, "array[int]", bytes]:
+    return _SIZES.pack(len(sample.tokens), sample.context), array("I", sample.tokens), bytes(sample.trained)
 
 
 def _samples(item: Sample | Pair | TokenPrompt) -> tuple[Sample, ...]:
@@ -176,10 +182,12 @@ class _Gathered:
 
     def add(self, item: Any, line: int) -> None:
         self.lines.append(line)
-        self.digests += digest(item)
-        for (offsets, tokens, trained, contexts), sample in zip(self.sides, _samples(item), strict=True):
-            tokens.extend(sample.tokens)
-            trained += bytes(sample.trained)
+        samples = _samples(item)
+        parts = [_parts(sample) for sample in samples]
+        self.digests += _digest(parts)
+        for (offsets, tokens, trained, contexts), sample, (_, ids, bits) in zip(self.sides, samples, parts, strict=True):
+            tokens.extend(ids)
+            trained += bits
             offsets.append(len(tokens))
             contexts.append(sample.context)
         if isinstance(item, TokenPrompt):

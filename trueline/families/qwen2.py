@@ -118,7 +118,8 @@ def write_chatml(
 
     def header(*parts: str | Tag) -> None:
         nonlocal begun
-        out.text("\n" if begun else "")
+        if begun:
+            out.text("\n")
         out.control("<|im_start|>")
         out.text(*parts)
         begun = True

@@ -35,18 +35,17 @@ class Transcript:
     def text(self, *parts: str | Tag, trained: bool = False) -> None:
         """Plain text and markup, encoded in one piece between markup tokens (where a token begins and ends depends on its neighbours)."""
         plain = ""
-        if len(parts) == 1 and isinstance(parts[0], str):
-            plain, parts = parts[0], ()
         for part in parts:
             if isinstance(part, str):
                 plain += part
             elif part.text in self.tokenizer.specials:
-                self._add(self.tokenizer.encode(plain) if plain else [], trained)
+                self._add(self.tokenizer.encode(plain), trained)
                 self._add([self.tokenizer.specials[part.text]], trained)
                 plain = ""
             else:
                 plain += part.text
-        self._add(self.tokenizer.encode(plain) if plain else [], trained)
+        if plain:
+            self._add(self.tokenizer.encode(plain), trained)
 
     def sample(self) -> Sample:
         return Sample(self.tokens, self.trained)
