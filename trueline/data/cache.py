@@ -23,6 +23,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from trueline.data.conversation import Conversation, Message, Prompt
+from trueline.data.files import file_hash, sync
 from trueline.data.sample import Pair, Sample
 from trueline.errors import RunError, UserError, disk_full
 
@@ -263,7 +264,7 @@ def stored(folder: Path, facts: dict[str, Any], kind: Kind, rows: Rows, chunk: i
                 shutil.rmtree(part)
                 return Kept([], tally)
             os.rename(part, place)
-            _sync(folder)
+            sync(folder)
     except OSError as error:
         _refuse(error, place)
     made = _open(place, kind)
@@ -327,7 +328,7 @@ def _make(part: Path, facts: dict[str, Any], kind: Kind, rows: Rows, size: int) 
         _write_manifest(part, {"facts": facts, "format": FORMAT, "complete": False, "chunks": chunks})
     if not tally.failed:
         _write_manifest(part, {"facts": facts, "format": FORMAT, "complete": True, "chunks": chunks, "tally": asdict(tally)})
-        _sync(part)
+        sync(part)
     return tally
 
 
@@ -385,17 +386,3 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def _canonical(value: object) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
-
-
-def file_hash(path: Path | str) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,11 +1,14 @@
-"""Which files a data path means, and how they are opened. One rule: the files are sorted, so that a data set is one order everywhere.
+"""Which files a data path means; how files are opened, hashed and put on the disk.
 
+One rule: the files are sorted, so that a data set is one order everywhere.
 A path is a file, a folder (all data files in it and below), or a pattern with `*`, `?` or `[...]`.
 """
 
 import glob
 import gzip
+import hashlib
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -46,3 +49,18 @@ def open_bytes(path: str) -> io.BufferedReader:
     """The file's bytes, unpacked when its name ends in .gz."""
     raw = gzip.open(path) if path.lower().endswith(PACKED) else open(path, "rb", buffering=0)
     return io.BufferedReader(cast(io.RawIOBase, raw), 1 << 18)
+
+
+def file_hash(path: Path | str) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Returns when the file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

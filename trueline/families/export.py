@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from trueline.data.conversation import Conversation, Message
+from trueline.data.files import sync
 from trueline.errors import RunError, UserError, disk_full
 from trueline.families.family import Encoder, Family, stop_ids
 from trueline.families.folder import SCORE, TEMPLATE, ModelFolder, fingerprint, weight_slots
@@ -75,8 +76,8 @@ def save_folder(
         _write(temporary, decoder, folder, tokenizer, score, shard_bytes, hashes)
         for path in temporary.iterdir():
             path.chmod((temporary / "config.json").stat().st_mode)  # safetensors' own are for their writer's eyes only
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         _publish(temporary, out)
     except (OSError, SafetensorError) as problem:
         reason = "the disk is full; free some space and start the same command again" if disk_full(problem) else problem
@@ -151,15 +152,7 @@ def _publish(temporary: Path, out: Path) -> None:
         os.rename(out, old)
     os.rename(temporary, out)
     shutil.rmtree(old, ignore_errors=True)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(out.parent)
 
 
 def _finite(name: str, tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trueline.config.schema import AdapterConfig, ModelConfig, StageConfig
 from trueline.data.conversation import Conversation, Message
+from trueline.data.files import file_hash
 from trueline.data.stream import key
 from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from trueline.errors import UserError
@@ -184,9 +185,8 @@ def files_fingerprint(folder: Path) -> str | None:
 
 @lru_cache(maxsize=256)
 def _file_hash(file: Path, size: int, changed: int) -> str:
-    """sha256 of a file's bytes, which are read again only when the file has changed."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    """`file_hash`, made again only when the file has changed."""
+    return file_hash(file)
 
 
 def train_role(

@@ -3,7 +3,6 @@
 Left out: claims. The card says what was done and measured, and leaves the rest to its author.
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import trueline
 from trueline.config.load import load_config
 from trueline.config.schema import STAGES, ModelConfig
 from trueline.data.conversation import Conversation
+from trueline.data.files import file_hash
 from trueline.errors import UserError
 from trueline.families.chat_template import agrees, template_of
 from trueline.families.folder import HUB_ID
@@ -59,7 +59,7 @@ def lineage(source: Path) -> Lineage:
     except (UserError, KeyError):
         return Lineage(stage, reason=f"{run / 'config.yaml'} cannot be read, so the changes could not be compared with the base")
     base, reason = _base_of(config.model, status.get("parents") or {})
-    hashes = {name: _sha256(Path(name)) for name in (*config.data.train, *config.data.eval) if Path(name).is_file()}
+    hashes = {name: file_hash(Path(name)) for name in (*config.data.train, *config.data.eval) if Path(name).is_file()}
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if (run / "metrics.jsonl").is_file() else []
     last = {line.get("split", "train"): line for line in map(json.loads, lines)}
     text = (run / "config.yaml").read_text(encoding="utf-8")
@@ -78,11 +78,6 @@ def _base_of(model: ModelConfig, parents: dict[str, str]) -> tuple[Path | None, 
     if files_fingerprint(path) not in parents.values():
         return None, f"the base {model.path} is not what it was when the run began, so the changes could not be compared with it"
     return path, ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def finish_folder(place: Path, opened: Opened, made: Lineage, prompts: list[Conversation]) -> list[str]:

@@ -4,8 +4,9 @@ What a step trains on is a pure function of (seed, step), so a resumed run goes 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
 
@@ -123,8 +124,12 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
 
 def micro_batches(task: Task[T, B], items: Sequence[T], max_tokens: int, world: World) -> list[B]:
     """This rank's packed micro-batches of `items`, on its device."""
+    return list(_packed(task, items, max_tokens, world))
+
+
+def _packed(task: Task[T, B], items: Sequence[T], max_tokens: int, world: World) -> Iterator[B]:
     planned = plan(lengths(items).tolist(), max_tokens, world.size)[world.rank]
-    return [task.pack([items[i] for i in indices]).to(world.device) for indices in planned if indices]
+    return (task.pack([items[i] for i in indices]).to(world.device) for indices in planned if indices)
 
 
 def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: int, world: World) -> None:
@@ -136,7 +141,7 @@ def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: i
     lengths = [len(item) for item in items]
 
     def rehearse(tokens: int) -> None:
-        batches = micro_batches(task, items, tokens, world)[:1]
+        batches = list(islice(_packed(task, items, tokens, world), 1))
         if all(count_items(batches, task.count, world).values()):
             accumulate(optimizer, batches, task.objective, task.count, world, 0)
         optimizer.clear()
@@ -148,7 +153,7 @@ def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: i
 def held_out_values(task: Task[T, B], module: nn.Module, max_tokens: int, world: World) -> dict[str, float]:
     """Loss and metrics over all held-out records, without dropout."""
     module.eval()
-    values = evaluate(micro_batches(task, task.held_out, max_tokens, world), task.objective, task.count, world)
+    values = evaluate(_packed(task, task.held_out, max_tokens, world), task.objective, task.count, world)
     module.train()
     return values
 

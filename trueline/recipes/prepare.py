@@ -18,7 +18,7 @@ from trueline.config.schema import DataConfig, PpoDataConfig
 from trueline.data import cache
 from trueline.data.cache import Items, Kept, Kind, Tally, TokenPrompt, in_memory, stored
 from trueline.data.conversation import Conversation, Preference, Prompt
-from trueline.data.files import find_files
+from trueline.data.files import file_hash, find_files
 from trueline.data.formats import Located, equal_note, iter_conversations, iter_preferences, iter_prompts
 from trueline.data.reader import Problems
 from trueline.data.sample import Pair, Sample
@@ -249,7 +249,7 @@ def _kept(path: str, source: Source[T], rows: Callable[[Tally], Iterator[tuple[T
     if source.folder is None or not Path(path).is_file():
         return in_memory(source.kind, rows)
     before = os.stat(path)
-    facts = source.facts | {"file": cache.file_hash(path), "ending": "".join(Path(path).suffixes[-2:]).lower()}
+    facts = source.facts | {"file": file_hash(path), "ending": "".join(Path(path).suffixes[-2:]).lower()}
     kept = stored(source.folder, facts, source.kind, rows)
     after = os.stat(path)
     if kept.made and (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):

@@ -3,9 +3,7 @@
 <run>/checkpoints/step-000100/   *.safetensors, state.json, manifest.json (size and SHA-256 of the others)
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trueline.data.files import file_hash, sync
 from trueline.errors import RunError, UserError, disk_full
 
 FORMAT = 1
@@ -129,7 +128,7 @@ def damage(path: Path) -> str | None:
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, expected {expected['bytes']}"
-            if _sha256(path / name) != expected["sha256"]:
+            if file_hash(path / name) != expected["sha256"]:
                 return f"{name} is not as it was written (SHA-256 differs)"
     except FileNotFoundError as error:
         return f"{Path(error.filename or '').name} is missing"
@@ -172,7 +171,7 @@ def _write(part: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
     files = {}
     for path in sorted(part.iterdir()):
         sync(path)
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
     (part / MANIFEST).write_bytes(_canonical({"format": FORMAT, "step": step, "files": files}))
     sync(part / MANIFEST)
     sync(part)
@@ -225,20 +224,6 @@ def _canonical(manifest: object) -> bytes:
 
 def _at(folder: Path, step: int) -> Checkpoint:
     return Checkpoint(folder / "checkpoints" / f"step-{step:06d}", step)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Returns when the file or directory is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _explain(error: OSError | SafetensorError, home: Path, step: int, size: int) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 import trueline
 from trueline.config.schema import RunConfig
+from trueline.data.files import sync
 from trueline.errors import Interrupted, RunError, UserError, disk_full
 from trueline.model.batch import Batch
 from trueline.parallel.world import World, all_max
@@ -189,9 +190,8 @@ class Run:
         """A checkpoint after `step`; earlier ones beyond `run.keep` go."""
         if self.world.first:
             with _writing(self.folder):
-                for path in (self.folder / METRICS, self.folder / SAMPLES):
-                    if path.exists():
-                        checkpoint.sync(path)
+                for path in filter(Path.exists, (self.folder / METRICS, self.folder / SAMPLES)):
+                    sync(path)
             checkpoint.save(self.folder, step, tensors, state, self.config.keep)
 
     @property

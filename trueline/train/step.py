@@ -4,7 +4,7 @@ Any split of a step's samples into micro-batches and ranks therefore gives the s
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -104,16 +104,20 @@ def accumulate(
 
 
 @torch.no_grad()
-def evaluate(batches: Sequence[B], objective: Objective[B], count: Count[B], world: World) -> dict[str, float]:
-    """The same loss and metrics over all of `batches`, without gradients or dropout's draws (the caller puts its modules in eval mode)."""
-    items = count_items(batches, count, world)
-    losses: list[Tensor] = []
+def evaluate(batches: Iterable[B], objective: Objective[B], count: Count[B], world: World) -> dict[str, float]:
+    """The same loss and metrics over all of `batches`, without gradients or dropout's draws (the caller puts its modules in eval mode).
+
+    Each batch is asked for when the one before it is done with.
+    """
+    items: dict[str, int] = {}
+    losses: Losses = {}
     totals: Totals = {}
     for batch in batches:
         sums, metrics = objective(batch)
-        losses.append(sum_loss(sums, items, 0).double())
+        items = _counted(items, count(batch))
+        losses = {name: losses.get(name, 0) + total.double() for name, total in sums.items()}
         _add(totals, metrics)
-    totals["loss"] = (torch.stack(losses).sum(), 1 if world.first else 0)
+    totals["loss"] = (sum_loss(losses, _everywhere(items, world), 0), 1 if world.first else 0)
     return average(totals, world)
 
 
@@ -121,8 +125,15 @@ def count_items(batches: Sequence[B], count: Count[B], world: World) -> dict[str
     """How many items of each kind the micro-batches of all ranks hold together."""
     found: dict[str, int] = {}
     for batch in batches:
-        for name, n in count(batch).items():
-            found[name] = found.get(name, 0) + int(n)
+        found = _counted(found, count(batch))
+    return _everywhere(found, world)
+
+
+def _counted(found: dict[str, int], more: Mapping[str, int | Tensor]) -> dict[str, int]:
+    return {name: found.get(name, 0) + int(n) for name, n in more.items()}
+
+
+def _everywhere(found: dict[str, int], world: World) -> dict[str, int]:
     names = sorted(found)
     summed = all_sum(world, torch.tensor([found[name] for name in names], dtype=torch.int64))
     return {name: int(n) for name, n in zip(names, summed.tolist(), strict=True)}
