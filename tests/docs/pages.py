@@ -28,7 +28,7 @@ class Block:
 
 def pages() -> list[str]:
     """Every page of ours, by its path from the root."""
-    found = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
+    found = [*ROOT.glob("README*.md"), *(ROOT / "docs").rglob("*.md")]
     return sorted(str(p.relative_to(ROOT)) for p in found if str(p.relative_to(ROOT)) not in OTHERS)
 
 

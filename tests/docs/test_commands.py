@@ -10,12 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.docs.pages import Block, blocks, names_in, pages, table
 from tests.recipes.commands import Commands
-from tests.recipes.toys import FAMILIES, Toys
+from tests.recipes.toys import FAMILIES, WHOLE, Toys
 from tests.structure.tree import ROOT
 
 # what a page may tell a person to type although it is not typed here, and why
@@ -40,7 +41,7 @@ def larder(folder: Path, toys: Toys, page: str) -> None:
     """What the pages take for granted: a model, its fine-tuned successor, data, a reward function, the configurations."""
     for name in {"my-model", "my-sft"} - set(MADE_THERE.get(page, ())):
         shutil.copytree(toys.model(), folder / name)
-    own = FAMILIES if page == "docs/models.md" else ()
+    own = FAMILIES if page.startswith("docs/models") else ()
     for name, family in {"my-glm4": "glm", **{f"my-{family}": family for family in own}}.items():
         shutil.copytree(toys.model(family), folder / name)
     shutil.copytree(ROOT / "configs", folder / "configs")
@@ -113,11 +114,26 @@ def living_pages() -> list[str]:
     return [page for page in pages() if page not in SAME and kinds & {block.language for block in blocks(page)}]
 
 
-@pytest.mark.parametrize("page", living_pages())
-def test_commands_and_programs_run(page: str, toys: Toys, trueline: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def the_pages() -> list[Any]:
+    """Every page to its end. An export takes seconds, so most families' pages end before it by default, and run whole under `slow`."""
+    found = []
+    for page in living_pages():
+        long = page.startswith("docs/models/") and Path(page).stem not in WHOLE
+        if long:
+            found.append(pytest.param(page, True, id=f"{page} before its export"))
+        found.append(pytest.param(page, False, id=page, marks=pytest.mark.slow if long else ()))
+    return found
+
+
+@pytest.mark.parametrize(("page", "before_export"), the_pages())
+def test_commands_and_programs_run(
+    page: str, before_export: bool, toys: Toys, trueline: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     larder(tmp_path, toys, page)
     monkeypatch.chdir(tmp_path)
     for number, block in enumerate(blocks(page)):
+        if before_export and "trueline export" in block.text:
+            break
         if block.name:
             Path(block.name).write_text(block.text, encoding="utf-8")
         elif block.language in ("bash", "console"):

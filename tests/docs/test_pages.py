@@ -1,6 +1,7 @@
 """What the pages say of the program is true: keys, defaults, schemas, files, modules, links; and both languages say the same."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,14 @@ def test_links_lead_somewhere(page: str) -> None:
     assert not broken, f"{page}: {broken}"
 
 
+def linked(page: str) -> set[str]:
+    """The pages that a page leads to, by their paths from the root."""
+    return {os.path.normpath(f"{Path(page).parent}/{link.partition('#')[0]}") for link in links(page) if not link.startswith("http")}
+
+
 def test_the_map_names_every_page() -> None:
-    named = {str((ROOT / "docs" / link).resolve().relative_to(ROOT)) for link in links("docs/README.md") if not link.startswith("http")}
-    missing = {str(p.relative_to(ROOT)) for p in (ROOT / "docs").glob("*.md")} - named - {"docs/README.md"}
+    named = linked("docs/README.md") | linked("docs/models.md") | linked("docs/data.md")
+    missing = {str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md")} - named - {"docs/README.md"}
     assert not missing, missing
 
 
@@ -110,24 +116,47 @@ def test_defaults_in_tables_are_the_schema_s(page: str) -> None:
     assert not wrong and table(page, "key"), "\n".join(wrong)
 
 
-def test_every_schema_has_an_example_that_loads(tmp_path: Path) -> None:
-    shown = set()
-    for block in blocks("docs/data.md"):
-        name = block.heading.strip("`")
-        if block.language != "jsonl" or name not in SCHEMAS or block.name:
-            continue
-        path = tmp_path / f"{len(shown)}-{name}-{block.line}.jsonl"
-        path.write_text(block.text, encoding="utf-8")
-        problems = Problems()
-        found, _, values = load_file(str(path), "auto", problems, [])
-        problems.stop()
-        assert found == name and len(values) >= len(block.text.splitlines()), f"{block}: read as {found}"
-        shown.add(name)
-    assert shown == set(SCHEMAS), set(SCHEMAS) - shown
+def test_every_schema_has_a_page_with_an_example_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least a record needs, every field, a command that trains or answers, and what is refused; each record by every loader it is for."""
+    assert {page.stem for page in (ROOT / "docs" / "data").iterdir()} == set(SCHEMAS)
+    loaders = {"answer": load_conversations, "pair": load_preferences, "prompt": load_prompts}
+    monkeypatch.chdir(tmp_path)
+    for name, schema in SCHEMAS.items():
+        found = blocks(f"docs/data/{name}.md")
+        assert {block.name for block in found if block.name} >= {f"{name}.jsonl", "broken.jsonl"}
+        assert re.search(rf"trueline (sft|reward|dpo|ppo) .*data.train=\[?{name}", "".join(b.text for b in found if b.language == "bash"))
+        for block in (block for block in found if block.name == f"{name}.jsonl"):
+            records = block.text.splitlines()
+            for record in records:
+                Path(block.name).write_text(record + "\n", encoding="utf-8")
+                problems = Problems()
+                seen, _, values = load_file(block.name, "auto", problems, [])
+                problems.stop()
+                assert seen == name and values, f"{block}: read as {seen}: {record}"
+                for use in schema.uses:
+                    assert loaders[use]([block.name]), f"{block}: {use}: {record}"
+
+
+def test_every_family_has_a_page_that_says_what_the_program_does() -> None:
+    for index in ("docs/models.md", "README.md"):
+        rows = [row[0] for row in table(index, "family" if index == "docs/models.md" else "`model_type`")]
+        assert {names_in(cell)[0] for cell in rows} == set(FAMILIES)
+        assert all(f"models/{names_in(cell)[0]}.md)" in cell for cell in rows)
+    assert {page.stem for page in (ROOT / "docs" / "models").iterdir()} == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        page = f"docs/models/{name}.md"
+        facts = dict(re.findall(r"^\* \*\*(.*?):\*\* (.*?)(?=^\* |^$)", text_of(page), flags=re.MULTILINE | re.DOTALL))
+        assert names_in(facts["Stop tokens"]) == list(family.stop), page
+        assert set(names_in(facts["Modules of a LoRA"])) == set(family.targets.values()), page
+        classes = {family.architecture, family.scorer_architecture}
+        assert set(names_in(facts["The export is read by"])) == (set() if name.startswith("chatglm") else classes), page
+        assert {block.name for block in blocks(page) if block.name} == {"talk.jsonl", "sft.yaml"}, page
+        typed = "".join(block.text for block in blocks(page) if block.language in ("bash", "console"))
+        assert all(f"trueline {verb} " in typed for verb in ("check", "sft", "export", "generate", "chat")), page
 
 
 def test_the_example_of_a_table_loads(tmp_path: Path) -> None:
-    (block,) = (block for block in blocks("docs/data.md") if block.language == "csv")
+    (block,) = (block for block in blocks("docs/data/columns.md") if block.language == "csv")
     (tmp_path / "x.csv").write_text(block.text, encoding="utf-8")
     assert len(load_conversations([str(tmp_path / "x.csv")])) == len(block.text.splitlines()) - 1
 
@@ -135,17 +164,6 @@ def test_the_example_of_a_table_loads(tmp_path: Path) -> None:
 def test_the_table_of_uses_is_the_program_s() -> None:
     rows = {names_in(row[0])[0]: [cell == "yes" for cell in row[2:5]] for row in table("docs/data.md", "schema")}
     assert rows == {name: [use in schema.uses for use in ("answer", "pair", "prompt")] for name, schema in SCHEMAS.items()}
-
-
-def test_loaders_of_the_examples_agree_with_that_table(tmp_path: Path) -> None:
-    loaders = {"answer": load_conversations, "pair": load_preferences, "prompt": load_prompts}
-    for block in blocks("docs/data.md"):
-        name = block.heading.strip("`")
-        if block.language == "jsonl" and name in SCHEMAS and not block.name:
-            path = tmp_path / "example.jsonl"
-            path.write_text(block.text.splitlines()[0] + "\n", encoding="utf-8")
-            for use in SCHEMAS[name].uses:
-                assert loaders[use]([str(path)]), f"{block}: {use}"
 
 
 def test_the_map_of_the_tree_names_every_module() -> None:
@@ -158,10 +176,6 @@ def _silent() -> set[str]:
     return {f"{name.replace('.', '/')}/__init__.py" for name in modules()}
 
 
-def test_families_are_those_of_the_program() -> None:
-    assert {names_in(row[0])[0] for row in table("README.md", "`model_type`")} == set(FAMILIES)
-
-
 def test_decoder_options_named_for_families_exist() -> None:
     named = {name for row in table("docs/families.md", "option") for name in names_in(row[0])}
     usual = {"qkv_bias", "o_bias", "mlp_bias", "rope", "rope_theta", "rope_dim", "tied_embeddings", "norm_eps"}
@@ -172,7 +186,7 @@ def test_decoder_options_named_for_families_exist() -> None:
 
 def test_json_blocks_are_json() -> None:
     for block in all_blocks("json", "jsonl"):
-        for line in [block.text] if block.language == "json" else [] if block.name else block.text.splitlines():
+        for line in [block.text] if block.language == "json" else [] if block.name == "broken.jsonl" else block.text.splitlines():
             assert isinstance(json.loads(line), dict), f"{block}"
 
 
