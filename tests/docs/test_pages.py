@@ -117,7 +117,7 @@ def test_defaults_in_tables_are_the_schema_s(page: str) -> None:
 
 
 def test_every_schema_has_a_page_with_an_example_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The least a record needs, every field, a command that trains or answers, and what is refused; each record by every loader it is for."""
+    """An example and what is refused, a command that trains on it; each record by every loader it is for."""
     assert {page.stem for page in (ROOT / "docs" / "data").iterdir()} == set(SCHEMAS)
     loaders = {"answer": load_conversations, "pair": load_preferences, "prompt": load_prompts}
     monkeypatch.chdir(tmp_path)
@@ -153,6 +153,17 @@ def test_every_family_has_a_page_that_says_what_the_program_does() -> None:
         assert {block.name for block in blocks(page) if block.name} == {"talk.jsonl", "sft.yaml"}, page
         typed = "".join(block.text for block in blocks(page) if block.language in ("bash", "console"))
         assert all(f"trueline {verb} " in typed for verb in ("check", "sft", "export", "generate", "chat")), page
+
+
+def test_parity_is_measured_for_every_family_within_its_bounds() -> None:
+    rows = table("docs/parity.md", "family")
+    assert {names_in(row[0])[0] for row in rows} == set(FAMILIES)
+    for row in rows:
+        for cell in row[1:]:
+            passed, of = map(int, re.findall(r"(\d+) of (\d+)", cell)[0])
+            assert 0 < passed <= of, row
+            measured = re.findall(r"(\S+) (float\d\d)", cell)
+            assert all(size == "equal" or float(size) <= {"float32": 1e-5, "float64": 1e-6}[kind] for size, kind in measured), row
 
 
 def test_the_example_of_a_table_loads(tmp_path: Path) -> None:

@@ -9,17 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
-from safetensors.torch import save_file
 
-from tests.reference_chatglm import Reference
 from trueline.config.schema import AdapterConfig
 from trueline.data.conversation import Conversation, Message
 from trueline.data.sample import Sample, sample_of
 from trueline.errors import UserError
 from trueline.families.chatglm import CHATGLM, join_heads, read_config, split_heads
-from trueline.families.folder import load_decoder, open_folder, random_decoder
-from trueline.families.peft import Base, load_adapter, save_adapter
+from trueline.families.folder import open_folder, random_decoder
 from trueline.model.adapters import adapter_parameters, add_adapter
 from trueline.model.batch import pack
 from trueline.model.heads import LanguageModel
@@ -107,36 +103,6 @@ def folder_of(place: Path, **changes: Any) -> Path:
     place.mkdir(exist_ok=True)
     (place / "config.json").write_text(json.dumps(CONFIG | changes))
     return place
-
-
-@torch.no_grad()
-def test_a_lora_on_the_fused_matrix_goes_both_ways(tmp_path: Path) -> None:
-    """PEFT's own on query_key_value and dense, here, and back: the same logits by the tests' network, which PEFT changes."""
-    reference, draw = Reference(CONFIG).double().eval(), torch.Generator().manual_seed(0)
-    folder = folder_of(tmp_path / "base")
-    save_file(reference.state_dict(), folder / "model.safetensors")
-    targets = ["query_key_value", "dense", "dense_4h_to_h"]
-    options = LoraConfig(r=3, lora_alpha=7, target_modules=targets, base_model_name_or_path=str(folder))
-    theirs = inject_adapter_in_model(options, reference).double()
-    for name, parameter in theirs.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
-    options.save_pretrained(str(tmp_path / "theirs"))
-    made = {f"base_model.model.{name}": t.contiguous() for name, t in get_peft_model_state_dict(theirs).items()}
-    save_file(made, tmp_path / "theirs/adapter_model.safetensors")
-    wanted = [theirs(row) for row in ROWS]
-    opened = open_folder(folder)
-    blocks, base = opened.decoder_config.blocks, Base(CHATGLM, str(folder))
-    batch = pack([sample_of(row, [True] * len(row), blocks) for row in ROWS])
-    place = tmp_path / "theirs"
-    for again in ("once", "twice"):
-        decoder = load_decoder(opened, torch.float64)
-        config = load_adapter(place, decoder, "policy", base)
-        assert set(config.targets) == {"q", "k", "v", "o", "down"} and decoder.head is not None
-        found = decoder.head(decoder(batch.tokens, batch.layout, "policy"))
-        torch.testing.assert_close(found, torch.cat(wanted), rtol=0, atol=1e-9)
-        place = tmp_path / again
-        save_adapter(place, decoder, "policy", config, base)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "ptuning"])

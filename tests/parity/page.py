@@ -1,11 +1,11 @@
 """`make parity`: runs the parity tests and writes what they measured to docs/parity.md.
 
-One rule: no number is made here. Each is the largest difference that a test's own comparison saw, and each count is of tests that passed.
+One rule: no number is made here. Each is the largest difference that a test's own comparison saw, each count is of tests that passed. A
+test says its column, and where no parameter does its row, in `@pytest.mark.parity(column, family)`; a cell without a test is an error.
 """
 
 import datetime
 import platform
-import re
 import sys
 from collections import defaultdict
 from importlib.metadata import version
@@ -15,31 +15,28 @@ from typing import Any
 import pytest
 import torch
 
+from trueline.families.table import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "parity.md"
 ORACLES = ("torch", "transformers", "peft", "tokenizers", "tiktoken", "sentencepiece")
-# the first whose pattern occurs in a test's name; the particular before the general
-FAMILIES = (
-    ("chatglm2, 3 and GLM-4 in the original layout", r"chatglm[234]|original|authors_recorded"), ("chatglm", r"test_chatglm\.py"),
-    ("glm4 (0414)", r"0414|test_(logits|peft|generate)\.py.*glm4"), ("glm", r"glm"), ("qwen3", r"qwen3"), ("qwen2", r"qwen"),
-    ("mistral", r"mistral"), ("llama", r"llama"),
-)  # fmt: skip
-ASPECTS = (
-    ("adapters", r"test_peft|lora|prefix|adapter"),
-    ("greedy", r"greedy"),
-    ("rendering", r"test_rendering|template|tokenizer|render"),
-    ("export", r"folder|reward_model|export|saved"),
-    ("loss and gradients", r"loss_and_gradients"),
-    ("logits", r"logits|logprobs|golden|sizes|place|window|rotary|scal"),
-)
+COLUMNS = {
+    "logits": "",
+    "loss and gradients": "",
+    "greedy": "same tokens",
+    "rendering": "same tokens",
+    "adapters": "",
+    "export": "same bits",
+}
+"""What a passed test of the column says besides the differences it measured."""
 NOTES = (
-    "Each cell: the largest absolute difference the tests of `tests/parity/` saw, by number format, and how many of them passed. The",
-    "other side is transformers (its own classes and chat templates), PEFT, tiktoken and sentencepiece; for ChatGLM-6B, ChatGLM2 and",
-    "GLM-4 in its original layout what the authors' own code returned, and for sizes of which there is no such record a second",
-    "implementation in the tests that was held to it. *equal*: to the last bit. Skipped tests need reference material that is not part",
-    "of the project.",
+    "Each cell: the largest absolute difference the tests of `tests/parity/` saw, by number format, and how many of them passed.",
+    "*Same tokens* and *same bits* are comparisons without a tolerance. The other side is transformers (its own classes and chat",
+    "templates), PEFT, tiktoken and sentencepiece. Where transformers has no class it is what the authors' own code returned (ChatGLM-6B,",
+    "ChatGLM2, and GLM-4 in its original layout, `chatglm4`); beyond those records, and for ChatGLM3, which has the same network, it is",
+    "transformers' GLM under the published names and a second implementation in the tests that was held to the records. Skipped tests",
+    "need reference material that is not part of the project.",
 )
-COLUMNS = ("logits", "loss and gradients", "greedy", "rendering", "adapters", "export")
 
 
 class Recorder:
@@ -48,6 +45,7 @@ class Recorder:
     def __init__(self) -> None:
         self.largest: dict[str, dict[torch.dtype, float]] = defaultdict(dict)
         self.outcomes: dict[str, str] = {}
+        self.places: dict[str, tuple[str, str] | None] = {}
         self.current = ""
         self.compare = torch.testing.assert_close
 
@@ -60,19 +58,26 @@ class Recorder:
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self.current = item.nodeid
+        self.places[item.nodeid] = place_of(item)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = report.outcome
 
 
-def first(table: tuple[tuple[str, str], ...], name: str) -> str | None:
-    """The family (or aspect) that a test's name tells."""
-    return next((found for found, words in table if re.search(words, name)), None)
+def place_of(item: pytest.Item) -> tuple[str, str] | None:
+    """Row and column: from the test's `parity` mark, or the row from the parameter that begins with a family's name."""
+    mark = item.get_closest_marker("parity")
+    if mark is None:
+        return None
+    values = mark.args[1:] or tuple(item.callspec.params.values())  # type: ignore[attr-defined]
+    (family,) = {f for value in values if isinstance(value, str) for f in FAMILIES if value == f or value.startswith(f"{f}_")}
+    assert mark.args[0] in COLUMNS, f"{item.nodeid}: no column {mark.args[0]}"
+    return family, mark.args[0]
 
 
-def cell(tests: list[str], recorder: Recorder) -> str:
-    """`largest difference by number format; tests that passed`."""
+def cell(tests: list[str], recorder: Recorder, exact: str = "") -> str:
+    """`what was equal; largest difference by number format; tests that passed`."""
     passed = sum(recorder.outcomes[t] == "passed" for t in tests)
     skipped = sum(recorder.outcomes[t] == "skipped" for t in tests)
     largest: dict[torch.dtype, float] = {}
@@ -82,21 +87,18 @@ def cell(tests: list[str], recorder: Recorder) -> str:
     floats = sorted(((str(d).removeprefix("torch."), a) for d, a in largest.items() if d.is_floating_point), key=str)
     sizes = [f"{'equal' if a == 0 else f'{a:.1e}'} {name}" for name, a in floats]
     count = f"{passed} of {len(tests)}" + (f" ({skipped} skipped)" if skipped else "")
-    return "; ".join([*sizes, count])
+    return "; ".join([*([exact] if exact and passed else []), *sizes, count])
 
 
 def write(recorder: Recorder) -> None:
     cells: dict[tuple[str, str], list[str]] = defaultdict(list)
     general = []
     for test in recorder.outcomes:
-        family, aspect = first(FAMILIES, test), first(ASPECTS, test)
-        if family and aspect:
-            cells[family, aspect].append(test)
-        else:
-            general.append(test)
-    names = dict.fromkeys(family for family, _ in FAMILIES)
-    rows = [[name, *(cell(cells[name, c], recorder) if (name, c) in cells else "" for c in COLUMNS)] for name in names
-            if any((name, c) in cells for c in COLUMNS)]  # fmt: skip
+        place = recorder.places[test]
+        (general if place is None else cells[place]).append(test)
+    missing = [f"{family}: {column}" for family in FAMILIES for column in COLUMNS if (family, column) not in cells]
+    assert not missing, f"no test measures {missing}"
+    rows = [[f"`{f}`", *(cell(cells[f, column], recorder, exact) for column, exact in COLUMNS.items())] for f in FAMILIES]
     table = ["| family | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|", *("| " + " | ".join(r) + " |" for r in rows)]
     made = ", ".join(f"{name} {version(name)}" for name in ORACLES)
     lines = [
