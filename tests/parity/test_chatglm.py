@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 import trueline as api
@@ -21,7 +23,7 @@ from tests.reference_chatglm import Reference, read_reference
 from trueline.config.schema import AdapterConfig
 from trueline.data.conversation import Conversation, Message
 from trueline.data.sample import Blocks, sample_of
-from trueline.data.tokenizer import load_tokenizer
+from trueline.data.tokenizer import Tokenizer, load_tokenizer
 from trueline.families.chatglm import CHATGLM
 from trueline.families.export import save_folder
 from trueline.families.folder import load_decoder, open_folder
@@ -203,6 +205,41 @@ def test_the_tokenizer_is_the_authors(shared: Path) -> None:
     for text, answer, pair in zip(theirs["texts"], theirs["resp"], theirs["pair"], strict=True):
         sample = family.render(Conversation((Message("user", text), Message("assistant", answer))), tokenizer)
         assert sample.tokens == pair and sample == sample_of(pair, sample.trained, Blocks(130004, (130001, 130000)))
+
+
+@cache
+def load_once(folder: Path) -> tuple[Tokenizer, SentencePieceProcessor]:
+    return load_tokenizer(folder), SentencePieceProcessor(model_file=str(folder / "ice_text.model"))
+
+
+PIECES = ["你好", "，", "世界", "!", "hello", " world", " ", "  ", "\n", "\t", "\u3000", "１２", "3.14", "🙂", "é"]
+PIECES += ["“", "…", "<", "Ⅳ", "x" * 9, " " * 85, "㍿"]
+
+
+def published(pieces: SentencePieceProcessor, text: str) -> list[int]:
+    """The authors' tokenizer, written down from its description: line breaks, tabs and runs of up to 80 blanks become marks first."""
+    text = text.replace("\n", "<n>").replace("\t", "<|tab|>")
+    for length in range(80, 1, -1):
+        text = text.replace(" " * length, f"<|blank_{length}|>")
+    return [pieces.piece_to_id(piece) for piece in pieces.encode(text, out_type=str)]
+
+
+@given(texts=st.lists(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8).map("".join).filter(str.strip), min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.parity("rendering", "chatglm")
+def test_any_rounds_are_what_the_published_code_builds(shared: Path, texts: list[str]) -> None:
+    """`chat` of the published code: one question as it is, several as numbered rounds; two control tokens, the answer, `<eop>`."""
+    tokenizer, pieces = load_once(shared / "data/tokenizers/chatglm-6b")
+    *history, question = texts if len(texts) % 2 else [*texts, "?"]
+    rounds = list(zip(history[::2], history[1::2], strict=True))
+    prompt = "".join(f"[Round {i}]\n问：{asked}\n答：{answer}\n" for i, (asked, answer) in enumerate(rounds))
+    prompt = f"{prompt}[Round {len(rounds)}]\n问：{question}\n答：" if rounds else question
+    wanted = [*published(pieces, prompt), 130001, 130004]
+    talk = tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate([*history, question]))
+    assert CHATGLM.render(Conversation(talk), tokenizer, open=True).tokens == wanted
+    whole = CHATGLM.render(Conversation((*talk, Message("assistant", texts[0]))), tokenizer)
+    assert whole.tokens == [*wanted, *published(pieces, texts[0]), 130005]
+    assert whole == sample_of(whole.tokens, [t >= len(wanted) for t in range(len(whole))], Blocks(130004, (130001, 130000)))
 
 
 @pytest.mark.parity("rendering", "chatglm3")
