@@ -15,8 +15,8 @@ from trueline.errors import RunError, UserError, disk_full
 from trueline.families.folder import open_folder
 from trueline.interchange.mindrecord import is_mindrecord, read_mindrecord, write_mindrecord
 from trueline.interchange.mindrecord_text import PROMPTS, prompt_row, texts
-from trueline.interchange.mindspore_model import Done, Plan, export_model, find_model, import_model
-from trueline.interchange.mindspore_ranks import RANK
+from trueline.interchange.mindspore_model import Done, Plan, export_model, find_model, import_model, reshard
+from trueline.interchange.mindspore_ranks import RANK, Pieces
 
 Ranks = tuple[int, int]
 """Tensor-parallel and data-parallel."""
@@ -30,8 +30,14 @@ def run(
     tensor_parallel: int | None = None,
     data_parallel: int | None = None,
     lengths: tuple[int, int] = (2048, 4096),
+    checkpoint: str | None = None,
+    out_strategy: str | None = None,
 ) -> None:
-    """Converts `source` to `out`, which must not be there yet. `lengths`: tokens of a prompt and of a whole record, for MindRecord."""
+    """Converts `source` to `out`, which must not be there yet.
+
+    `strategy` says how rank files are cut: those of `source`, else those of `out`; with both, `out_strategy` is for `out`. `checkpoint` is
+    a pattern for the names in rank folders. `lengths`: tokens of a prompt and of a whole record, for MindRecord.
+    """
     start, target = Path(source), Path(out)
     if not start.exists() and not start.with_name(start.name + "0").exists():
         raise UserError(f"{start}: no such file or folder")
@@ -39,20 +45,25 @@ def run(
         raise UserError(f"{target}: is already there; name a new one, or remove this one first")
     if not target.parent.is_dir():
         raise UserError(f"{target.parent}: no such folder")
-    named, placed = Path(model) if model else None, Path(strategy) if strategy else None
+    named, placed, cut = (Path(given) if given else None for given in (model, strategy, out_strategy))
+    ranks = None if tensor_parallel is None and data_parallel is None else (tensor_parallel or 1, data_parallel or 1)
     try:
         if is_mindrecord(start):
             print(f"{target}: {_to_text(start, target, named):,} records")
         elif start.suffix in SUFFIXES:
             print(f"{target}: {_to_mindrecord(start, target, named, lengths):,} records of MindRLHF's columns {', '.join(PROMPTS)}")
         elif start.suffix == ".ckpt" or (start.is_dir() and any(RANK.fullmatch(path.name) for path in start.iterdir())):
-            if target.suffix == ".ckpt" or data_parallel is not None:
-                raise UserError("a MindSpore checkpoint becomes a Hugging Face folder; convert that again for other ranks or one file")
-            plan = find_model(start, named)
-            _report(target, import_model(start, target, plan, tensor_parallel, placed), "Hugging Face folder", plan)
+            plan, pieces = find_model(start, named), Pieces.open(start, placed, checkpoint or "*.ckpt")
+            if target.suffix == ".ckpt" or ranks:
+                form = _form(target, ranks)
+                _report(target, reshard(pieces, target, plan, ranks, cut), form, plan)
+            else:
+                _report(target, import_model(pieces, target, plan), "Hugging Face folder", plan)
+            if start.is_dir():
+                print(f"  from {pieces.files[0].relative_to(start)} and its like on {len(pieces.files)} ranks")
         elif start.is_dir():
-            ranks = None if tensor_parallel is None and data_parallel is None else (tensor_parallel or 1, data_parallel or 1)
-            _to_checkpoint(start, target, find_model(start, named or start), ranks, placed)
+            form, plan = _form(target, ranks), find_model(start, named or start)
+            _report(target, export_model(start, target, plan, ranks, cut or placed), form, plan)
         else:
             raise UserError(f"{start}: expected a model folder, a .ckpt, a folder of rank_0, rank_1, ..., a .mindrecord or a data file")
     except OSError as problem:
@@ -61,11 +72,11 @@ def run(
         raise
 
 
-def _to_checkpoint(source: Path, target: Path, plan: Plan, ranks: Ranks | None, strategy: Path | None) -> None:
+def _form(target: Path, ranks: Ranks | None) -> str:
+    """What is written, in words."""
     if (target.suffix == ".ckpt") == (ranks is not None):
         raise UserError(f"{target}: name one file (OUT.ckpt), or a folder with --tensor-parallel or --data-parallel for rank files")
-    form = f"{ranks[0] * ranks[1]} rank files" if ranks else "one MindSpore file"
-    _report(target, export_model(source, target, plan, ranks, strategy), form, plan)
+    return f"{ranks[0] * ranks[1]} rank files" if ranks else "one MindSpore file"
 
 
 def _report(target: Path, done: Done, form: str, plan: Plan) -> None:
