@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.interchange.mindspore_side import SHARDS, TYPES, numbers, records
-from trueline.interchange.mindrecord import read_mindrecord, write_mindrecord
+from trueline.data.mindrecord import read_mindrecord, write_mindrecord
 from trueline.interchange.mindspore_checkpoint import read_checkpoint, write_checkpoint
 from trueline.interchange.mindspore_ranks import Pieces, read_strategies, write_ranks
 
