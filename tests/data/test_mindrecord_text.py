@@ -183,8 +183,11 @@ def test_mindrecord_is_trained_on(toys: Toys, trueline: Commands, tmp_path: Path
         assert sorted(given[0]) == sorted(wanted[str(toys.data("alpaca.json"))][0]), path
     pairs = found(str(tmp_path / "dpo"), tokenizer, family)[1]
     assert sorted(pairs) == sorted(wanted[str(toys.data("cvalues.jsonl"))][1])
-    run = ("sft", toys.config("sft"), f"data.train={tmp_path / 'ppo' / 's.mindrecord'}", f"run.output={tmp_path / 'run'}", "run.steps=1")
-    assert "sft" in trueline(*run, "data.cache=off").ok().out or (tmp_path / "run" / "model").is_dir()
+    shards = tmp_path / "ppo" / "s.mindrecord"
+    trueline("sft", toys.config("sft"), f"data.train={shards}", f"run.output={tmp_path / 'run'}", "run.steps=1").ok()
+    mix = (f"data.train={shards}", f"data.ptx={shards}", "ppo.ptx_coefficient=1", "run.steps=1", f"run.output={tmp_path / 'ppo-run'}")
+    trueline("ppo", toys.config("ppo"), *mix).ok()
+    assert all((tmp_path / run / "model" / "model.safetensors").is_file() for run in ("run", "ppo-run"))
     said = trueline("check", tmp_path / "dpo", "--model", model).ok().out
     assert "schema preference, 4 pairs" in said
     (tmp_path / "ppo" / "s.mindrecord1").unlink()

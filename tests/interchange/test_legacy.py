@@ -211,6 +211,19 @@ def test_mindrlhf_dpo(alpha: float, beta: float, wanted: tuple[float, float], tm
     assert config.model.path == "Qwen/Qwen2-7B-Instruct" and config.optimizer.betas == (0.9, 0.95)
 
 
+def test_mindrlhf_dpo_launch(tmp_path: Path) -> None:
+    """The launcher takes the command as one argument in quotes, over several lines; the model file it names is read."""
+    text = MINDRLHF.format(task="DPODataset", kind="LlamaConfig", arch="Qwen7BDPO", more="num_layers: 28, alpha: 1.0, beta: 0.1")
+    written(tmp_path / "dpo.yaml", text)
+    command = 'bash scripts/msrun_launcher.sh \\\n "run_dpo.py \\\n --config dpo.yaml --task text_generation \\\n --use_parallel True \\\n'
+    command += ' --train_dataset pairs.mindrecord --load_checkpoint ./sft --run_mode train" \\\n 8 8118 log True 600\n'
+    it = converted(written(tmp_path / "run.sh", command))
+    config = loaded(it, tmp_path)
+    assert it.stage == "dpo" and config.data.train == ("pairs.mindrecord",) and config.batch.sequences == 8 and not it.unknown
+    (tmp_path / "dpo.yaml").unlink()
+    assert converted(tmp_path / "run.sh").stage == "dpo"
+
+
 def test_mindrlhf_reward_model(tmp_path: Path) -> None:
     text = MINDRLHF.format(
         task="RewardModelDataset", kind="ChatGLM2Config", arch="Glm4RewardModel", more="alpha: 1.0, beta: 1.0, do_sample: True"

@@ -227,6 +227,8 @@ def test_the_newest_of_several_checkpoints(toys: Toys, trueline: Commands, tmp_p
     trueline("convert", tmp_path / "ranks", tmp_path / "again.ckpt", "--model", model, "--checkpoint", "glm4*").ok()
     none = trueline("convert", tmp_path / "ranks", tmp_path / "no", "--model", model, "--checkpoint", "x*").refused()
     assert "none that fits x*" in none
+    unused = trueline("convert", model, tmp_path / "x.ckpt", "--checkpoint", "x*").refused()
+    assert "--checkpoint is for a folder of rank_N as SRC" in unused
 
 
 def test_sizes_from_yaml(toys: Toys, trueline: Commands, tmp_path: Path) -> None:

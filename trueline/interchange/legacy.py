@@ -210,7 +210,9 @@ def _read_text(path: str, notes: list[str]) -> tuple[list[Old], list[str]]:
     flag: Old | None = None
     called: str | None = None  # a script whose arguments follow
     arguments: list[tuple[str, str]] = []
+    held = ""  # lines inside a quote
     for number, line in enumerate(text.splitlines(), 1):
+        line, held = held + line, ""
         setting = re.match(r"\s*(?:export\s+)?(\w+)\s*(?::\s*[\w\[\], .|]+?)?\s*=\s*([^=\s].*?)\s*(?:#.*)?$", line)
         if setting and "--" not in line and ".py" not in line:
             default = re.fullmatch(r"['\"]?\$\{\w+:-(.*)\}['\"]?", setting[2])
@@ -219,7 +221,11 @@ def _read_text(path: str, notes: list[str]) -> tuple[list[Old], list[str]]:
             if not shell:  # a shell's variable is no key
                 found.append(Old(setting[1], _scalar(setting[2]), f"{path}:{number}"))
             continue
-        for word in _words(line, f"{path}:{number}"):
+        words = _words(line, f"{path}:{number}")
+        if words is None:
+            held = line.rstrip().removesuffix("\\") + " "
+            continue
+        for word in words:
             value = re.sub(r"\$\{?(\w+)\}?", lambda name: variables.get(name[1], name[0]), word)
             if called:
                 arguments.append((value, f"{path}:{number}"))
@@ -243,8 +249,12 @@ def _read_text(path: str, notes: list[str]) -> tuple[list[Old], list[str]]:
     return found + ([flag] if flag else []), scripts
 
 
-def _words(line: str, where: str) -> list[str]:
+def _words(line: str, where: str) -> list[str] | None:
+    """A line's words, those of a command in quotes too; None inside such a quote."""
     try:
-        return [word for word in shlex.split(line.rstrip().removesuffix("\\"), comments=True) if word]
+        words = [word for word in shlex.split(line.rstrip().removesuffix("\\"), comments=True) if word]
+        return [part for word in words for part in (shlex.split(word) if " --" in word else [word])]
     except ValueError:
+        if line.rstrip().endswith("\\"):
+            return None
         raise UserError(f"{where}: a quote that does not end on its line") from None

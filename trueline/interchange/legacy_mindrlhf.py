@@ -84,10 +84,10 @@ PPO_REASONS = by_reason({
 })  # fmt: skip
 
 
-def stage_of(found: dict[str, list[Old]]) -> str:
-    """Which of its stages the files are for: told by the architecture's name and the data set's."""
+def stage_of(found: dict[str, list[Old]], scripts: str) -> str:
+    """Which of its stages the files are for: told by the architecture's name, the data set's and the program's."""
     names = " ".join(str(old.value) for name in ("model.arch.type", "train_dataset_task.type") for old in found.get(name, []))
-    return "reward" if "Reward" in names else "dpo" if "DPO" in names else "ppo"
+    return "reward" if "Reward" in names or "reward_" in scripts else "dpo" if "DPO" in names or "_dpo" in scripts else "ppo"
 
 
 def convert(it: Conversion, devices: int, given: dict[str, list[Old]], scripts: str) -> None:

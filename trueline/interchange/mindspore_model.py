@@ -187,7 +187,7 @@ def reshard(pieces: Pieces, out: Path, plan: Plan, ranks: tuple[int, int] | None
 
     def tensors() -> Iterator[tuple[str, Tensor, Group]]:
         for name, stored in there.items():
-            shape, group = shapes.get(weight_of(name)) or (pieces.whole(name), uncut)
+            shape, group = shapes.get(weight_of(name)) or (pieces.whole(name, stored.shape), uncut)
             if stored.dtype is not None:
                 tensor = pieces.read(name, shape, tensor_parallel, group.axis, weight=name not in beside)
                 dtypes.update([] if name in beside else [tensor.dtype])

@@ -111,9 +111,8 @@ class Pieces:
         """Every tensor's piece on the first rank that has it, by name."""
         return {name: stored for rank in reversed(self.ranks) for name, stored in rank.items()}
 
-    def whole(self, name: str) -> Shape:
-        """The shape of a tensor that is not cut, or as the strategy says."""
-        piece = self.first()[name].shape
+    def whole(self, name: str, piece: Shape) -> Shape:
+        """The shape of the tensor of a piece that is not cut, or as the strategy says."""
         return tuple(size * part for size, part in zip(piece, self.layouts[name].parts, strict=True)) if name in self.layouts else piece
 
     def tensor_parallel(self, shapes: dict[str, Shape]) -> int:

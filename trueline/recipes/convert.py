@@ -57,13 +57,16 @@ def run(
         raise UserError(f"{target.parent}: no such folder")
     named, placed, cut = (Path(given) if given else None for given in (model, strategy, out_strategy))
     ranks = None if tensor_parallel is None and data_parallel is None else (tensor_parallel or 1, data_parallel or 1)
+    from_ranks = start.is_dir() and any(RANK.fullmatch(path.name) for path in start.iterdir())
+    if (checkpoint and not from_ranks) or (cut and not ranks):
+        raise UserError("--checkpoint is for a folder of rank_N as SRC, and --out-strategy for one as DST; leave it out")
     try:
         if suffix(start.name) == MINDRECORD:
             print(f"{target}: {_to_text(start, target, named):,} records")
         elif start.suffix in SUFFIXES:
             count = _to_mindrecord(start, target, named, lengths, kind)
             print(f"{target}: {count:,} records of MindRLHF's columns {', '.join(COLUMNS[kind])}")
-        elif start.suffix == ".ckpt" or (start.is_dir() and any(RANK.fullmatch(path.name) for path in start.iterdir())):
+        elif start.suffix == ".ckpt" or from_ranks:
             plan, pieces = find_model(start, named), Pieces.open(start, placed, checkpoint or "*.ckpt")
             if target.suffix == ".ckpt" or ranks:
                 form = _form(target, ranks)

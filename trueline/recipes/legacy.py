@@ -51,9 +51,9 @@ def convert(given: dict[str, list[Old]], scripts: str, files: str, devices: int,
         it = _conversion(legacy_glm4.TITLE, "sft", rest, model)
         legacy_glm4.convert(it, devices)
     elif any(name.startswith("model.model_config.") for name in rest) or any(
-        name in rest for name in (*legacy_mindrlhf.PPO_KEYS, *MODEL_FILES)
+        name in rest for name in (*legacy_mindrlhf.PPO_KEYS, *MODEL_FILES, "train_dataset")
     ):
-        stage = legacy_mindrlhf.stage_of(rest)
+        stage = legacy_mindrlhf.stage_of(rest, scripts)
         it = _conversion(legacy_mindrlhf.TITLES[stage], stage, rest, model)
         legacy_mindrlhf.convert(it, devices, rest, scripts)
     elif {"model_name_or_path", "dataset", "finetuning_type"} & set(rest):
