@@ -14,7 +14,7 @@ from tests.recipes.commands import Commands
 from tests.recipes.toys import Toys
 from trueline.interchange.mindspore_checkpoint import read_checkpoint, write_checkpoint, write_tensor
 
-FAMILIES = ("qwen2", "glm", "llama")
+FAMILIES = ("qwen2", "glm", "llama", "chatglm2", "chatglm3")
 PROBE = [[5, 6, 7, 250, 9], [1, 2, 3]]
 
 
