@@ -166,9 +166,13 @@ def convert(
     data_parallel: Annotated[int | None, typer.Option(metavar="N", min=1, help="Copies of these ranks.")] = None,
     prompt_length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a prompt in MindRecord.")] = 2048,
     length: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a whole record in MindRecord.")] = 4096,
+    kind: Annotated[str, typer.Option(metavar="STAGE", help="MindRecord columns for MindRLHF's ppo, dpo or reward model.")] = "ppo",
+    checkpoint: Annotated[str | None, typer.Option(metavar="PATTERN", help="Which .ckpt of each rank folder (default: newest).")] = None,
+    out_strategy: Annotated[str | None, typer.Option(metavar="PATH", help="--strategy of DST, when SRC has one of its own.")] = None,
 ) -> None:
     """Convert MindSpore checkpoints and data sets to open formats and back."""
-    _recipe("convert").run(source, out, model, strategy, tensor_parallel, data_parallel, (prompt_length, length))
+    lengths, parallel = (prompt_length, length), (tensor_parallel, data_parallel)
+    _recipe("convert").run(source, out, model, strategy, *parallel, lengths, kind, checkpoint, out_strategy)
 
 
 @app.command()

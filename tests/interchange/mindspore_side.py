@@ -1,4 +1,5 @@
-"""Run by MindSpore's own Python, in the folder with the files: `write` makes what we read, `read` compares what we wrote."""
+"""Run by MindSpore's own Python, in the folder with the files: `write` makes what we read, `read` compares what we wrote; `kinds` and
+`ranks` compare what we wrote and make the like of it for us to read: MindRLHF's data sets, and one layout of ranks from another."""
 
 import gzip
 import sys
@@ -42,9 +43,15 @@ def write() -> None:
         writer.add_schema(columns(), "all")
         writer.write_raw_data(records())
         writer.commit()
+    items = [("rows", [2, 2], [0, -1], 2, 2), ("columns", [2, 2], [-1, 0], 0, 0), ("norm", [2, 2], [-1], 0, 0)]
+    save_strategy("strategy.ckpt", items)
+
+
+def save_strategy(path: str, items: list[tuple[str, list[int], list[int], int, int]]) -> None:
+    """Each parameter's grid of devices, the axis of it for each dimension, and the optimizer's own cut."""
     strategy = ParallelStrategyMap()
     strategy.current_stage = 0
-    for name, grid, axes, step, size in (("rows", [2, 2], [0, -1], 2, 2), ("columns", [2, 2], [-1, 0], 0, 0), ("norm", [2, 2], [-1], 0, 0)):
+    for name, grid, axes, step, size in items:
         item = strategy.parallel_layout_item.add()
         item.param_name = name
         layouts = item.parallel_layouts
@@ -54,7 +61,7 @@ def write() -> None:
         layouts.indices_offset.add()
         layouts.field = 0
         layouts.opt_weight_shard_step, layouts.opt_weight_shard_size = step, size
-    with open("strategy.ckpt", "wb") as file:
+    with open(path, "wb") as file:
         file.write(strategy.SerializeToString())
 
 
@@ -119,10 +126,58 @@ def read() -> None:
         assert np.array_equal(merged[name].asnumpy(), whole), name
 
 
+def kinds() -> None:
+    """Our data sets `KIND.mindrecord` hold what `KIND.npz` says; `theirs-KIND.mindrecord` is the same from MindSpore."""
+    for kind in ("ppo", "dpo", "reward"):
+        wanted = np.load(f"{kind}.npz")
+        key = "prompt_ids" if kind == "ppo" else "rejected_input_ids"
+        count = len(wanted[key])
+        expected = sorted(({name: wanted[name][i] for name in wanted.files} for i in range(count)), key=lambda row: row[key].tobytes())
+        data = mindspore.dataset.MindDataset(f"{kind}.mindrecord", shuffle=False)
+        for rows in (list(FileReader(f"{kind}.mindrecord").get_next()), list(data.create_dict_iterator(num_epochs=1, output_numpy=True))):
+            assert len(rows) == count
+            for row, values in zip(sorted(rows, key=lambda row: np.asarray(row[key]).tobytes()), expected, strict=True):
+                assert set(row) == set(values), (kind, set(row))
+                for name, value in values.items():
+                    assert np.array_equal(np.asarray(row[name]).reshape(-1), value.reshape(-1)), (kind, name)
+                    assert value.ndim == 0 or row[name].dtype == value.dtype, (kind, name)
+        writer = FileWriter(f"theirs-{kind}.mindrecord", 1, overwrite=True)
+        schema = {name: {"type": str(value.dtype)} | ({"shape": [-1]} if value.ndim else {}) for name, value in expected[0].items()}
+        writer.add_schema(schema, kind)
+        writer.write_raw_data([{name: value if value.ndim else int(value) for name, value in row.items()} for row in expected])
+        writer.commit()
+
+
+def ranks() -> None:
+    """From our `two` (tensor 2, data 2) MindSpore's `theirs-four` (tensor 4), which is our `four`; and checkpoints as a run names them."""
+    whole = mindspore.load_checkpoint("one.ckpt")
+    for folder, strategy in (("two", [2, 2]), ("four", None)):
+        piece = mindspore.load_checkpoint(f"{folder}/rank_0/checkpoint_0.ckpt")
+        assert list(piece) == list(whole)
+        items = []
+        for name, tensor in whole.items():
+            cut = [a // b for a, b in zip(tensor.shape, piece[name].shape, strict=True)]
+            parts = max(cut)
+            grid, place = (strategy, 0) if strategy else ([parts, 4 // parts], 1)  # which axis of the grid, counted from its last
+            items.append((name, grid, [place if size > 1 else -1 for size in cut], 0, 0))
+        save_strategy(f"{folder}.strategy", items)
+    mindspore.transform_checkpoints("two", "theirs-four", "checkpoint_", "two.strategy", "four.strategy")
+    for rank in range(4):
+        ours = mindspore.load_checkpoint(f"four/rank_{rank}/checkpoint_{rank}.ckpt")
+        theirs = mindspore.load_checkpoint(f"theirs-four/rank_{rank}/checkpoint_{rank}.ckpt")
+        assert set(ours) == set(theirs) == set(whole)
+        for name, tensor in ours.items():
+            assert tensor.dtype == theirs[name].dtype and np.array_equal(tensor.asnumpy(), theirs[name].asnumpy()), (rank, name)
+        Path(f"run/rank_{rank}").mkdir(parents=True)
+        for moment, factor in (("1_30", 0), ("2_9", 1)):
+            tensors = [{"name": name, "data": mindspore.Tensor(tensor.asnumpy() * factor)} for name, tensor in ours.items()]
+            mindspore.save_checkpoint(tensors, f"run/rank_{rank}/policy_rank_{rank}-{moment}.ckpt")
+
+
 if __name__ == "__main__":
     import mindspore
     from mindspore.mindrecord import FileReader, FileWriter
     from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
 
-    {"write": write, "read": read, "fixtures": fixtures}[sys.argv[1]]()
+    {"write": write, "read": read, "kinds": kinds, "ranks": ranks, "fixtures": fixtures}[sys.argv[1]]()
     print("done")

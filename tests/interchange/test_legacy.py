@@ -211,6 +211,19 @@ def test_mindrlhf_dpo(alpha: float, beta: float, wanted: tuple[float, float], tm
     assert config.model.path == "Qwen/Qwen2-7B-Instruct" and config.optimizer.betas == (0.9, 0.95)
 
 
+def test_mindrlhf_dpo_launch(tmp_path: Path) -> None:
+    """The launcher takes the command as one argument in quotes, over several lines; the model file it names is read."""
+    text = MINDRLHF.format(task="DPODataset", kind="LlamaConfig", arch="Qwen7BDPO", more="num_layers: 28, alpha: 1.0, beta: 0.1")
+    written(tmp_path / "dpo.yaml", text)
+    command = 'bash scripts/msrun_launcher.sh \\\n "run_dpo.py \\\n --config dpo.yaml --task text_generation \\\n --use_parallel True \\\n'
+    command += ' --train_dataset pairs.mindrecord --load_checkpoint ./sft --run_mode train" \\\n 8 8118 log True 600\n'
+    it = converted(written(tmp_path / "run.sh", command))
+    config = loaded(it, tmp_path)
+    assert it.stage == "dpo" and config.data.train == ("pairs.mindrecord",) and config.batch.sequences == 8 and not it.unknown
+    (tmp_path / "dpo.yaml").unlink()
+    assert converted(tmp_path / "run.sh").stage == "dpo"
+
+
 def test_mindrlhf_reward_model(tmp_path: Path) -> None:
     text = MINDRLHF.format(
         task="RewardModelDataset", kind="ChatGLM2Config", arch="Glm4RewardModel", more="alpha: 1.0, beta: 1.0, do_sample: True"
@@ -271,6 +284,157 @@ def test_chatglm_json_and_evaluation(tmp_path: Path) -> None:
     it = converted(path)
     assert it.stage == "evaluate" and loaded(it, tmp_path).data.eval and warned(it, "freeze is not there")
     assert reasons(it)["learning_rate"] == "not used by `trueline evaluate`"
+
+
+GLM4_FILE = """
+seed: 42
+run_mode: '{mode}'
+output_dir: './output'
+load_checkpoint: ''
+auto_trans_ckpt: False
+only_save_strategy: False
+resume_training: False
+context: {{mode: 0, device_target: Ascend, enable_graph_kernel: False, max_call_depth: 10000, max_device_memory: 58GB,
+  save_graphs: False, save_graphs_path: ./graph, device_id: 0, jit_config: {{jit_level: O1}}, memory_optimize_level: O0}}
+remote_save_url: a bucket
+model:
+  model_config: {{type: ChatGLM2Config, batch_size: 1, num_layers: 20, padded_vocab_size: 151552, hidden_size: 4096, ffn_hidden_size: 13696,
+    kv_channels: 128, num_attention_heads: 32, seq_length: 8192, hidden_dropout: 0.0, attention_dropout: 0.0, layernorm_epsilon: 1.5625e-07,
+    rope_ratio: {ratio}, rmsnorm: True, use_rearrange_rope: True, apply_residual_connection_post_layernorm: False, post_layer_norm: True,
+    add_bias_linear: False, add_qkv_bias: True, bias_dropout_fusion: True, multi_query_attention: True, multi_query_group_num: 2,
+    apply_query_key_layer_scaling: True, attention_softmax_in_fp32: True, fp32_residual_connection: False, quantization_bit: 0,
+    pre_seq_len: None, prefix_projection: False, compute_dtype: bfloat16, layernorm_compute_type: float32, param_init_type: {dtype},
+    rotary_dtype: float32, use_past: {past}, use_flash_attention: True, block_size: 16, num_blocks: 4096,
+    eos_token_id: [151329, 151336, 151338], pad_token_id: 151329, repetition_penalty: 1.0, max_decode_length: 4096,
+    checkpoint_name_or_path: '', top_k: 1, top_p: 1, do_sample: False}}
+  arch: {{type: ChatGLM2ForConditionalGeneration}}
+trainer: {{type: CausalLanguageModelingTrainer, model_name: glm4_9b}}
+do_eval: False
+eval_step_interval: 500
+eval_epoch_interval: -1
+metric: {{type: ADGENMetric}}
+processor: {{return_tensors: ms, type: GLMProcessor, tokenizer: {{type: ChatGLM4Tokenizer, eos_token: <eop>, vocab_file: tokenizer.model}}}}
+train_dataset: &set
+  data_loader: {{type: MindDataset, dataset_dir: '', shuffle: False}}
+  input_columns: [input_ids, labels]
+  num_parallel_workers: 8
+  drop_remainder: True
+train_dataset_task: {{type: CausalLanguageModelDataset, dataset_config: *set}}
+runner_config: {{epochs: 5, batch_size: 1, gradient_accumulation_steps: 1, sink_mode: True, sink_size: 1}}
+runner_wrapper: {{type: MFTrainOneStepCell, use_clip_grad: True}}
+lr_schedule: {{type: CosineWithWarmUpLR, learning_rate: 1.e-6, lr_end: 1.e-6, warmup_ratio: 0, total_steps: -1}}
+optimizer: {{type: AdamW, betas: [0.9, 0.999], eps: 1.e-8, learning_rate: 1.e-6, weight_decay: 0.01}}
+use_parallel: True
+parallel: {{parallel_mode: 1, gradients_mean: False, full_batch: True, enable_parallel_optimizer: True}}
+parallel_config: {{data_parallel: 1, model_parallel: {mp}, pipeline_stage: 1, micro_batch_num: 64, vocab_emb_dp: False}}
+micro_batch_interleave_num: 1
+recompute_config: {{recompute: True, select_recompute: False, mp_comm_recompute: True}}
+callbacks:
+  - {{type: MFLossMonitor}}
+  - {{type: CheckpointMonitor, prefix: glm4, save_checkpoint_steps: 1000, keep_checkpoint_max: 1, integrated_save: False}}
+eval_callbacks: [{{type: ObsMonitor, keep_last: False}}]
+"""
+LAUNCH = ["predict.yaml"] * 3 + ["finetune.yaml"] * 3 + ["ppo.mindrecord", "cvalues.mindrecord", "False", "./ckpt"]
+LATER = ["4", "True", "./old", "rm_ckpt", "cm_ckpt", "ref_ckpt"]
+
+
+def glm4_files(folder: Path) -> None:
+    written(folder / "predict.yaml", GLM4_FILE.format(mode="predict", ratio=500, dtype="bfloat16", past=True, mp=2))
+    written(folder / "finetune.yaml", GLM4_FILE.format(mode="finetune", ratio=1, dtype="float32", past=False, mp=4))
+
+
+@pytest.mark.parametrize("cache", [["False"], []])
+def test_mindrlhf_launch(cache: list[str], tmp_path: Path) -> None:
+    """All 17 arguments, and the 16 of the published example, mean the same; the model files they name are read with all their keys."""
+    glm4_files(tmp_path)
+    lines = " \\\n  ".join(["bash examples/run_glm4_rlhf.sh", *LAUNCH, *cache, *LATER])
+    command = written(tmp_path / "launch.sh", f"#!/bin/bash\ncd mindrlhf\n{lines} \\\n\n\n")
+    notes: list[str] = []
+    given, _ = read_old([str(command)], notes)
+    assert {name: olds[-1].value for name, olds in given.items() if "/launch.sh:" in olds[-1].where} == {
+        "G_SFT_PATH": "predict.yaml", "G_RM_PATH": "predict.yaml", "G_CRITIC_PATH": "predict.yaml", "T_SFT_PATH": "finetune.yaml",
+        "T_RM_PATH": "finetune.yaml", "T_CRITIC_PATH": "finetune.yaml", "save_data_file": "ppo.mindrecord",
+        "mind_dataset_dir": "cvalues.mindrecord", "save_ckpt_dir": "./ckpt", "worker_num": 4,
+        "load_sft_checkpoint": "./old", "load_rm_checkpoint": "rm_ckpt", "load_critic_checkpoint": "cm_ckpt",
+        "load_ref_checkpoint": "ref_ckpt",
+        **({"enable_compile_cache": False} if cache else {}),
+    }  # fmt: skip
+    assert any("argument 11 of run_glm4_rlhf.sh is COMPILE_CACHE" in note for note in notes) == (not cache)
+    it = converted(command)
+    config = loaded(it, tmp_path)
+    assert it.stage == "ppo" and config.model.path == "THUDM/glm-4-9b-chat-hf" and config.data.max_length == 8192
+    assert config.data.train == config.data.ptx == ("cvalues.mindrecord",) and str(config.run.output) == "ckpt"
+    assert (config.sampling.max_new_tokens, config.run.save_every, config.reward.model) == (4096, 1000, "runs/reward/model")
+    assert warned(it, "rope_ratio is 500") and warned(it, "num_layers 20") and warned(it, "also a stop token") and not it.unknown
+    assert "convert" in reasons(it)["load_sft_checkpoint"] and reasons(it)["worker_num"].startswith("how MindSpore ran")
+
+
+def test_mindrlhf_launch_that_is_not_whole(tmp_path: Path) -> None:
+    """Too few arguments and model files that are not there are said; the halves' scripts are read, and the script itself with its body."""
+    notes: list[str] = []
+    few = written(tmp_path / "few.sh", "bash run_glm4_rlhf.sh a.yaml b.yaml c.yaml d.yaml\n")
+    read_old([str(few)], notes)
+    assert "has 4 arguments, expected at least 8" in notes[0] and "G_SFT_PATH a.yaml is not here" in notes[1]
+    half = "bash run_glm4_train.sh t.yaml r.yaml c.yaml exp.mindrecord False ./ False 8 True ckpt None cm None x\n"
+    it = converted(written(tmp_path / "half.sh", half))
+    assert it.stage == "ppo" and [old.name for old in it.unknown] == ["run_glm4_train.sh[14]"]
+    assert "run.output" in reasons(it)["save_ckpt_dir"] and str(loaded(it, tmp_path).run.output) == "runs/ppo"
+    body = "SFT_PATH=$1\nRM_PATH=$2\nONLY=${3:-False}\nCKPT=${4:-'./kept'}\nDATA=d.mindrecord\nepoch=0\nwhile [ $epoch -lt 10 ]; do\n"
+    body += '  msrun --worker_num=2 --local_worker_num=2 --master_addr=127.0.0.1 --master_port=10969 --join=True --log_dir=./log \\\n'
+    body += '    "$here"/run_glm4_generate.py --sft_path "$SFT_PATH" --reward_path "$RM_PATH" --only_save_strategy "$ONLY" \\\n'
+    body += '    --mind_dataset_dir "$DATA" --save_ckpt_dir "$CKPT" --enable_compile_cache False\ndone\n'
+    it = converted(written(tmp_path / "run.sh", body))
+    config = loaded(it, tmp_path)
+    assert config.data.train == ("d.mindrecord",) and str(config.run.output) == "kept" and not it.unknown
+    assert "glm-4" in config.model.path
+
+
+REGISTRY: dict[str, Any] = {
+    "alpaca_en": {"hf_hub_url": "someone/alpaca"},
+    "alpaca_zh": {"file_name": "alpaca_51k.json", "file_sha1": "e655af3d"},
+    "belle_0.5m": {"hf_hub_url": "someone/half-a-million"},
+    "firefly": {"hf_hub_url": "someone/firefly", "columns": {"prompt": "input", "query": "", "response": "target", "history": ""}},
+    "example": {
+        "script_url": "example_dataset",
+        "columns": {"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
+    },
+    "mine": {"file_name": "/data/mine.json", "columns": {"prompt": "question", "query": "", "response": "answer", "history": ""}},
+    "comparison_zh": {"file_name": "comparison.json", "file_sha1": "b99a41c1"},
+}
+ARGUMENTS = """python ../src/train_sft.py --do_train --model_name_or_path THUDM/chatglm-6b --split train \\
+  --dataset {names} --dataset_dir {folder} \\
+  --max_samples 5000 --source_prefix x --num_beams 4 --max_source_length 256 --max_target_length 200 --ignore_pad_token_for_loss False \\
+  --finetuning_type lora --lora_rank 8 --lora_alpha 32.0 --lora_dropout 0.1 --lora_target query_key_value --pre_seq_len 16 \\
+  --prefix_projection False --num_layer_trainable 3 --name_module_trainable mlp --quantization_bit 8 --resume_lora_training False \\
+  --checkpoint_dir first,second --use_fast_tokenizer --overwrite_cache --output_dir out --overwrite_output_dir --plot_loss \\
+  --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --lr_scheduler_type cosine --logging_steps 10 --save_steps 1000 \\
+  --learning_rate 5e-5 --num_train_epochs 1.0 --fp16
+"""
+
+
+def test_chatglm_registry(tmp_path: Path) -> None:
+    """The files, hubs, programs and columns of the registry beside the data; every key of every data set is accounted for."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(REGISTRY, indent=2))
+    names = "alpaca_zh,belle_0.5m,firefly,example,mine,other"
+    it = converted(written(tmp_path / "run.sh", ARGUMENTS.format(names=names, folder="data")))
+    config = loaded(it, tmp_path)
+    assert config.data.train == (
+        "data/alpaca_51k.json", "data/belle_0.5m.json", "data/firefly.json", "data/example.json", "/data/mine.json", "data/other.json",
+    )  # fmt: skip
+    assert warned(it, "belle_0.5m is the hub's someone/half-a-million") and warned(it, "made by the program in example_dataset")
+    assert warned(it, "in data/firefly.json rename input to instruction, target to output")
+    assert not warned(it, "mine has columns") and not warned(it, "example has columns")  # question and answer are known as they are
+    assert warned(it, "dataset_info.json has no other, which is taken for data/other.json")
+    assert reasons(it)["comparison_zh.file_name"] == "a data set that this run does not use" and not it.unknown
+    assert "hash" in reasons(it)["alpaca_zh.file_sha1"]
+    alone = tmp_path / "data" / "dataset_info.json"
+    with pytest.raises(UserError, match="a registry of data sets alone"):
+        converted(alone)
+    beside = converted(written(tmp_path / "run.sh", ARGUMENTS.format(names="mine", folder="elsewhere")), alone)
+    assert loaded(beside, tmp_path).data.train == ("/data/mine.json",)
+    lost = converted(written(tmp_path / "run.sh", ARGUMENTS.format(names="mine", folder="elsewhere")))
+    assert loaded(lost, tmp_path).data.train == ("elsewhere/mine.json",) and warned(lost, "is not here to look up mine")
 
 
 def test_projections() -> None:

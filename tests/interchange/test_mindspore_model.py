@@ -14,7 +14,7 @@ from tests.recipes.commands import Commands
 from tests.recipes.toys import Toys
 from trueline.interchange.mindspore_checkpoint import read_checkpoint, write_checkpoint, write_tensor
 
-FAMILIES = ("qwen2", "glm", "llama")
+FAMILIES = ("qwen2", "glm", "llama", "chatglm2", "chatglm3")
 PROBE = [[5, 6, 7, 250, 9], [1, 2, 3]]
 
 
@@ -96,6 +96,53 @@ def test_glm_is_fused(model: Path, trueline: Commands, tmp_path: Path) -> None:
     assert torch.equal(theirs["transformer.encoder.layers.0.mlp.dense_h_to_4h.weight"], gate_up)
 
 
+def original(toys: Toys, folder: Path) -> Path:
+    """GLM-4 as its authors publish it, with the buffer that their folders hold."""
+    shutil.copytree(toys.model("chatglm4"), folder)
+    held = weights(folder) | {"transformer.rotary_pos_emb.inv_freq": torch.ones(2)}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_original_glm4_there_and_back(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    """Names, by hand: MindFormers' differ in the embedding's only. Split, merged, and with their other form of the matrices."""
+    model = original(toys, tmp_path / "hf")
+    held = weights(toys.model("chatglm4"))
+    trueline("convert", model, tmp_path / "one.ckpt").ok()
+    found = ckpt(tmp_path / "one.ckpt")
+    named = {name.replace("embedding.word_embeddings.", "embedding.embedding_"): tensor for name, tensor in held.items()}
+    assert same(found, named) and "transformer.embedding.embedding_weight" in found
+    trueline("convert", model, tmp_path / "ranks", "--tensor-parallel", 2, "--data-parallel", 2).ok()
+    fused = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
+    assert torch.equal(ckpt(tmp_path / "ranks" / "rank_3" / "checkpoint_3.ckpt")[fused], held[fused][32:])
+    for name in [name for name in found if "query_key_value" in name or "dense_h_to_4h" in name]:
+        parts = ("wq", "wk", "wv") if "query" in name else ("dense_left", "dense_right")
+        whole, sizes = found.pop(name), [32, 16, 16] if "query" in name else [48, 48]
+        old = "query_key_value" if "query" in name else "dense_h_to_4h"
+        found |= {name.replace(old, part): rows for part, rows in zip(parts, whole.split(sizes), strict=True)}
+    write_checkpoint(tmp_path / "apart.ckpt", (found | {"transformer.rotary_pos_emb.inv_freq": torch.ones(2)}).items())
+    for source in ("one.ckpt", "ranks", "apart.ckpt"):
+        trueline("convert", tmp_path / source, tmp_path / f"{source}-back", "--model", model).ok()
+        assert same(weights(tmp_path / f"{source}-back"), held), source
+    before, after = (api.load(str(path)).logprobs(PROBE) for path in (model, tmp_path / "ranks-back"))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_both_namings_of_glm4_are_one_checkpoint(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    """The same weights under the names of transformers and of the authors give the same file, and either folder is made of it."""
+    glm = toys.model("glm")
+    trueline("convert", glm, tmp_path / "one.ckpt").ok()
+    trueline("convert", tmp_path / "one.ckpt", tmp_path / "hf", "--model", original(toys, tmp_path / "sizes")).ok()
+    assert "transformer.encoder.layers.0.mlp.dense_h_to_4h.weight" in weights(tmp_path / "hf")
+    trueline("convert", tmp_path / "hf", tmp_path / "again.ckpt").ok()
+    assert same(ckpt(tmp_path / "one.ckpt"), ckpt(tmp_path / "again.ckpt"))
+    trueline("convert", tmp_path / "again.ckpt", tmp_path / "glm", "--model", glm).ok()
+    assert same(weights(glm), weights(tmp_path / "glm"))
+    config = json.loads((tmp_path / "sizes" / "config.json").read_text())
+    (tmp_path / "sizes" / "config.json").write_text(json.dumps(config | {"multi_query_attention": False}))
+    assert "multi_query_attention" in trueline("convert", tmp_path / "sizes", tmp_path / "no.ckpt").refused()
+
+
 SPLIT = {"query_key_value": ("wq", "wk", "wv"), "dense_h_to_4h": ("dense_left", "dense_right")}
 FUSE = {
     "attention.w_qkv": ("attention.wq", "attention.wk", "attention.wv"),
@@ -122,6 +169,66 @@ def test_other_forms_are_read(model: Path, trueline: Commands, tmp_path: Path) -
     said = trueline("convert", tmp_path / "other.ckpt", tmp_path / "back", "--model", model).ok().out
     assert f"left out: 1 counter, {len(found)} optimizer states, 1 value head" in said
     assert same(weights(model), weights(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("model", ["qwen2", "chatglm4"], indirect=True)
+def test_one_layout_of_ranks_to_another(model: Path, trueline: Commands, tmp_path: Path) -> None:
+    """Whatever way a layout is reached, its files are the same, and all that MindSpore keeps beside the weights comes along."""
+    trueline("convert", model, tmp_path / "plain.ckpt").ok()
+    found = {f"policy_model.{name}": tensor for name, tensor in ckpt(tmp_path / "plain.ckpt").items()}
+    states = {f"adam_{kind}.{name}": tensor + 1 for name, tensor in found.items() for kind in "mv"}
+    beside = {"global_step": torch.tensor(7, dtype=torch.int32), "policy_model.v_head0.weight": torch.ones(64, 32)}
+    everything = found | states | beside | {"scale_sense": torch.ones(1)}
+    write_checkpoint(tmp_path / "one.ckpt", everything.items())
+
+    def go(source: str, target: str, *options: object) -> Path:
+        said = trueline("convert", tmp_path / source, tmp_path / target, "--model", model, *options).ok().out
+        assert f"{len(everything)} tensors" in said
+        return tmp_path / target
+
+    go("one.ckpt", "four", "--tensor-parallel", 4)
+    go("four", "two-by-two", "--tensor-parallel", 2, "--data-parallel", 2)
+    go("one.ckpt", "two-by-two-at-once", "--tensor-parallel", 2, "--data-parallel", 2)
+    go("two-by-two", "copies", "--data-parallel", 3)
+    for rank in range(4):
+        name = f"rank_{rank}/checkpoint_{rank}.ckpt"
+        assert same(ckpt(tmp_path / "two-by-two" / name), ckpt(tmp_path / "two-by-two-at-once" / name))
+    piece = ckpt(tmp_path / "two-by-two" / "rank_3" / "checkpoint_3.ckpt")
+    for name in found:
+        assert piece[name].shape == piece[f"adam_m.{name}"].shape and torch.equal(piece[f"adam_m.{name}"], piece[name] + 1)
+    assert sum(piece[name].shape != tensor.shape for name, tensor in found.items()) > 5
+    for source in ("two-by-two", "copies", "four"):
+        assert same(ckpt(go(source, f"{source}.ckpt")), everything), source
+    trueline("convert", tmp_path / "four", tmp_path / "folder", "--model", model).ok()
+    assert same(weights(tmp_path / "folder"), weights(model))
+    both = trueline("convert", tmp_path / "four", tmp_path / "x.ckpt", "--model", model, "--data-parallel", 2).refused()
+    assert "name one file (OUT.ckpt), or a folder" in both and not (tmp_path / "x.ckpt").exists()
+
+
+def test_the_newest_of_several_checkpoints(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    """The newest epoch and step that every rank has; a pattern chooses another; two names are refused with both and the option."""
+    model = toys.model()
+    trueline("convert", model, tmp_path / "ranks", "--tensor-parallel", 2).ok()
+    for rank in range(2):
+        place = tmp_path / "ranks" / f"rank_{rank}"
+        made = place / f"checkpoint_{rank}.ckpt"
+        wrong = {name: tensor * 0 for name, tensor in ckpt(made).items()}
+        for moment in ("1_900", "2_30", *(["10_5"] if rank == 0 else [])):  # rank 1 was killed before 10_5
+            write_checkpoint(place / f"glm4_rank_{rank}-{moment}.ckpt", wrong.items())
+        made.rename(place / f"glm4_rank_{rank}-2_100.ckpt")
+    said = trueline("convert", tmp_path / "ranks", tmp_path / "back", "--model", model).ok().out
+    assert "from rank_0/glm4_rank_0-2_100.ckpt and its like on 2 ranks" in said and same(weights(tmp_path / "back"), weights(model))
+    chosen = ("--model", model, "--checkpoint", "*-1_900.ckpt")
+    assert "glm4_rank_0-1_900.ckpt" in trueline("convert", tmp_path / "ranks", tmp_path / "old", *chosen).ok().out
+    assert not any(tensor.any() for tensor in weights(tmp_path / "old").values())
+    shutil.copy(tmp_path / "ranks/rank_0/glm4_rank_0-2_100.ckpt", tmp_path / "ranks/rank_0/critic-2_100.ckpt")
+    refused = trueline("convert", tmp_path / "ranks", tmp_path / "no", "--model", model).refused()
+    assert "rank_0: 5 .ckpt files (critic-2_100.ckpt, glm4_rank_0-10_5.ckpt, " in refused and "--checkpoint '*-2_500.ckpt'" in refused
+    trueline("convert", tmp_path / "ranks", tmp_path / "again.ckpt", "--model", model, "--checkpoint", "glm4*").ok()
+    none = trueline("convert", tmp_path / "ranks", tmp_path / "no", "--model", model, "--checkpoint", "x*").refused()
+    assert "none that fits x*" in none
+    unused = trueline("convert", model, tmp_path / "x.ckpt", "--checkpoint", "x*").refused()
+    assert "--checkpoint is for a folder of rank_N as SRC" in unused
 
 
 def test_sizes_from_yaml(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
@@ -228,6 +335,11 @@ def test_strategy_files_place_what_shapes_cannot(toys: Toys, trueline: Commands,
     given = ("--model", toys.model(), "--strategy", tmp_path / "strategy_0.ckpt")
     trueline("convert", tmp_path / "ranks", tmp_path / "back", *given).ok()
     assert same(weights(toys.model()), weights(tmp_path / "back"))
+    both = ("--strategy", tmp_path / "strategy_0.ckpt", "--out-strategy", tmp_path / "strategy_0.ckpt", "--data-parallel", 4)
+    trueline("convert", tmp_path / "ranks", tmp_path / "same", "--model", toys.model(), *both).ok()
+    for rank in range(4):
+        place = f"rank_{rank}"
+        assert same(ckpt(tmp_path / "ranks" / place / f"model_{rank}.ckpt"), ckpt(tmp_path / "same" / place / f"checkpoint_{rank}.ckpt"))
     trueline("convert", toys.model(), tmp_path / "again", "--strategy", tmp_path / "strategy_0.ckpt", "--tensor-parallel", 4).ok()
     for rank in range(4):
         place = f"rank_{rank}"
@@ -264,6 +376,6 @@ def test_ranks_that_do_not_belong_together(toys: Toys, trueline: Commands, tmp_p
     path.write_bytes(data)
     assert "differs on rank 3" in trueline("convert", tmp_path / "ranks", tmp_path / "back", "--model", toys.model()).refused()
     shutil.copy(path, path.with_name("other.ckpt"))
-    assert "exactly one" in trueline("convert", tmp_path / "ranks", tmp_path / "back", "--model", toys.model()).refused()
+    assert "checkpoint_3.ckpt, other.ckpt" in trueline("convert", tmp_path / "ranks", tmp_path / "back", "--model", toys.model()).refused()
     shutil.rmtree(path.parent.with_name("rank_1"))
     assert "without a gap" in trueline("convert", tmp_path / "ranks", tmp_path / "back", "--model", toys.model()).refused()

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from tests.interchange.mindspore_side import SHARDS, TYPES, numbers, records
-from trueline.interchange.mindrecord import read_mindrecord, write_mindrecord
+from tests.recipes.commands import Commands
+from tests.recipes.toys import Toys
+from trueline.data.mindrecord import read_mindrecord, write_mindrecord
 from trueline.interchange.mindspore_checkpoint import read_checkpoint, write_checkpoint
 from trueline.interchange.mindspore_ranks import Pieces, read_strategies, write_ranks
 
@@ -67,5 +70,49 @@ def test_each_side_reads_the_other(theirs: Path, tmp_path: Path) -> None:
     write_ranks(tmp_path / "ranks", ((name, torch.from_numpy(whole), layouts[name]) for name, whole in wholes.items()), 4)
     pieces = Pieces.open(tmp_path / "ranks", tmp_path / "strategy.ckpt")
     for name, whole in wholes.items():
-        assert torch.equal(pieces.read(name, whole.shape, 2), torch.from_numpy(whole)), name
+        assert torch.equal(pieces.read(name, whole.shape, 2, None), torch.from_numpy(whole)), name
     run(theirs, "read", tmp_path)
+
+
+def test_data_sets_of_mindrlhf(theirs: Path, toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    """All kinds: MindSpore reads ours by both of its ways, and what it writes of them is for us the same arrays and the same text."""
+    lengths = ("--model", toys.model(), "--length", 96, "--prompt-length", 64)
+    written: dict[str, list[dict[str, Any]]] = {}
+    for kind in ("ppo", "dpo", "reward"):
+        trueline("convert", toys.data("cvalues.jsonl"), tmp_path / f"{kind}.mindrecord", "--kind", kind, *lengths).ok()
+        written[kind] = list(read_mindrecord(tmp_path / f"{kind}.mindrecord"))
+        columns = {name: np.stack([np.asarray(row[name]) for row in written[kind]]) for name in written[kind][0]}
+        np.savez(tmp_path / f"{kind}.npz", **columns)
+    run(theirs, "kinds", tmp_path)
+    for kind, rows in written.items():
+        again = list(read_mindrecord(tmp_path / f"theirs-{kind}.mindrecord"))
+        assert sorted(map(canonical, again)) == sorted(map(canonical, rows)), kind
+        texts = []
+        for name in (kind, f"theirs-{kind}"):
+            trueline("convert", tmp_path / f"{name}.mindrecord", tmp_path / f"{name}.jsonl", "--model", toys.model()).ok()
+            texts.append(sorted((tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()))
+        assert texts[0] == texts[1] and len(texts[0]) == 10
+
+
+def canonical(row: dict[str, Any]) -> list[tuple[str, str, list[float]]]:
+    return [(name, str(getattr(value, "dtype", "number")), np.asarray(value).reshape(-1).tolist()) for name, value in sorted(row.items())]
+
+
+def test_one_layout_of_ranks_to_another(theirs: Path, toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    """Ours is what MindSpore makes of the same files by strategies; what it saves under its own names is merged back to the model."""
+    model = ("--model", toys.model())
+    trueline("convert", toys.model(), tmp_path / "one.ckpt").ok()
+    trueline("convert", tmp_path / "one.ckpt", tmp_path / "two", *model, "--tensor-parallel", 2, "--data-parallel", 2).ok()
+    trueline("convert", tmp_path / "two", tmp_path / "four", *model, "--tensor-parallel", 4).ok()
+    run(theirs, "ranks", tmp_path)
+    one = {name: stored.read() for name, stored in read_checkpoint(tmp_path / "one.ckpt").items()}
+    for folder in ("theirs-four", "run"):
+        said = trueline("convert", tmp_path / folder, tmp_path / f"{folder}.ckpt", *model).ok().out
+        merged = read_checkpoint(tmp_path / f"{folder}.ckpt")
+        assert merged.keys() == one.keys() and all(torch.equal(merged[name].read(), one[name]) for name in one)
+    assert "from rank_0/policy_rank_0-2_9.ckpt and its like on 4 ranks" in said
+    by_strategy = ("--strategy", tmp_path / "four.strategy", "--out-strategy", tmp_path / "two.strategy", "--tensor-parallel", 4)
+    trueline("convert", tmp_path / "theirs-four", tmp_path / "two-again", *model, *by_strategy).ok()
+    for rank in range(4):
+        old, new = (read_checkpoint(tmp_path / name / f"rank_{rank}" / f"checkpoint_{rank}.ckpt") for name in ("two", "two-again"))
+        assert old.keys() == new.keys() and all(torch.equal(old[name].read(), new[name].read()) for name in old)

@@ -36,7 +36,7 @@ class ModelConfig(Config):
 
 class DataConfig(Config):
     train: Files = ()
-    """Training files, folders or patterns: .json, .jsonl, .csv, .tsv (each also .gz) or .parquet, in any of the known schemas."""
+    """Training files, folders or patterns: .json, .jsonl, .csv, .tsv (each also .gz), .parquet or .mindrecord, in any known schema."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """One for each entry of data.train: how often its records occur in a pass (2: twice, 0.5: a drawn half); empty: once."""
     eval: Files = ()

@@ -1,7 +1,8 @@
 """Which files a data path means; how files are opened, hashed and put on the disk.
 
 One rule: the files are sorted, so that a data set is one order everywhere.
-A path is a file, a folder (all data files in it and below), or a pattern with `*`, `?` or `[...]`.
+A path is a file, a folder (all data files in it and below), or a pattern with `*`, `?` or `[...]`. `x.mindrecord` is also a name for its
+shards `x.mindrecord0`, `x.mindrecord1` and so on.
 """
 
 import glob
@@ -9,20 +10,24 @@ import gzip
 import hashlib
 import io
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 PACKED = ".gz"
-KNOWN = ".json, .jsonl, .csv, .tsv (each also .gz) or .parquet"
+MINDRECORD = ".mindrecord"
+KNOWN = ".json, .jsonl, .csv, .tsv (each also .gz), .parquet or .mindrecord"
 
 
 def suffix(path: str) -> str:
-    """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`, in lower case; "" when it is no data file's."""
+    """`.jsonl` of `a.jsonl` and of `a.jsonl.gz`, in lower case, `.mindrecord` of `a.mindrecord3`; "" when it is no data file's."""
     name = Path(path).name.lower()
     packed = name.endswith(PACKED)
     ending = Path(name.removesuffix(PACKED)).suffix
+    if re.fullmatch(rf"{MINDRECORD}\d*", ending) and ending == Path(name).suffix:
+        return MINDRECORD
     return ending if ending in SUFFIXES and not (packed and ending == ".parquet") else ""
 
 
@@ -38,6 +43,9 @@ def _find(path: str) -> list[str]:
             inside = (found for found in place.rglob("*") if suffix(str(found)) and found.is_file())
             hidden = (found for found in inside if not any(part.startswith(".") for part in found.relative_to(place).parts))
             return sorted(map(str, hidden)) or [path]
+        if not place.exists() and place.suffix == MINDRECORD:
+            shards = (found for found in place.parent.glob(f"{glob.escape(place.name)}*") if suffix(str(found)))
+            return [str(found) for found in sorted(shards, key=lambda found: (len(found.name), found.name))] or [path]
         if not place.exists() and glob.has_magic(path):
             return sorted(found for found in glob.glob(path, recursive=True) if Path(found).is_file()) or [path]
     except (OSError, ValueError):

@@ -14,6 +14,7 @@ from trueline.data.messages import Note, check_roles
 from trueline.data.reader import read_records
 from trueline.data.record import Problems, Record
 from trueline.data.schemas import FOREIGN, SCHEMAS, Example, Schema, Use
+from trueline.data.tokenizer import Tokenizer
 from trueline.errors import UserError
 
 T = TypeVar("T")
@@ -36,33 +37,42 @@ class Located(Generic[T]):
         return f"{self.file}:{self.line}"
 
 
-def iter_conversations(paths: Sequence[str], format: str = "auto", problems: Problems | None = None) -> Iterator[Located[Conversation]]:
+def iter_conversations(
+    paths: Sequence[str], format: str = "auto", problems: Problems | None = None, tokenizer: Tokenizer | None = None
+) -> Iterator[Located[Conversation]]:
     """Whole conversations one by one, each ending with the assistant's answer; of ranked or paired answers the best.
 
     Problems go to `problems`; without one, a UserError with every problem of every file is raised after the last record. No record at all
-    is a problem too. Memory stays flat; a caller that stops early has not seen the rest.
+    is a problem too. Memory stays flat; a caller that stops early has not seen the rest. `tokenizer` as in `read_records`.
     """
-    return _iterate(paths, format, "answer", _conversation, problems)
+    return _iterate(paths, format, "answer", _conversation, problems, tokenizer)
 
 
 def iter_preferences(
-    paths: Sequence[str], format: str = "auto", ranked: str = "all", problems: Problems | None = None, equal: list[str] | None = None
+    paths: Sequence[str],
+    format: str = "auto",
+    ranked: str = "all",
+    problems: Problems | None = None,
+    equal: list[str] | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Iterator[Located[Preference]]:
     """Pairs of answers to one prompt. Of n ranked answers: all n(n-1)/2 pairs, or with `ranked="best"` the best against each other one.
 
-    Pairs of equal answers carry no preference and are left out; their places are added to `equal` (see `equal_note`). `problems` as in
-    `iter_conversations`.
+    Pairs of equal answers carry no preference and are left out; their places are added to `equal` (see `equal_note`). `problems` and
+    `tokenizer` as in `iter_conversations`.
     """
     places = equal if equal is not None else []
-    return _iterate(paths, format, "pair", partial(_preferences, best_only=ranked == "best", equal=places), problems)
+    return _iterate(paths, format, "pair", partial(_preferences, best_only=ranked == "best", equal=places), problems, tokenizer)
 
 
-def iter_prompts(paths: Sequence[str], format: str = "auto", problems: Problems | None = None) -> Iterator[Located[Prompt]]:
+def iter_prompts(
+    paths: Sequence[str], format: str = "auto", problems: Problems | None = None, tokenizer: Tokenizer | None = None
+) -> Iterator[Located[Prompt]]:
     """Conversations that wait for the assistant: of any schema what stands before the last answer. `Prompt.record` is the whole record.
 
-    `problems` as in `iter_conversations`.
+    `problems` and `tokenizer` as in `iter_conversations`.
     """
-    return _iterate(paths, format, "prompt", _prompt, problems)
+    return _iterate(paths, format, "prompt", _prompt, problems, tokenizer)
 
 
 def load_conversations(paths: Sequence[str], format: str = "auto") -> list[Located[Conversation]]:
@@ -83,9 +93,9 @@ def load_preferences(
     return found
 
 
-def load_prompts(paths: Sequence[str], format: str = "auto") -> list[Located[Prompt]]:
+def load_prompts(paths: Sequence[str], format: str = "auto", tokenizer: Tokenizer | None = None) -> list[Located[Prompt]]:
     """`iter_prompts` as a list."""
-    return list(iter_prompts(paths, format))
+    return list(iter_prompts(paths, format, tokenizer=tokenizer))
 
 
 class FileValues(Generic[T]):
@@ -95,10 +105,10 @@ class FileValues(Generic[T]):
     the schema is "unknown" when no record could tell it.
     """
 
-    def __init__(self, path: str, format: str, problems: Problems, equal: list[str]):
+    def __init__(self, path: str, format: str, problems: Problems, equal: list[str], tokenizer: Tokenizer | None = None):
         self.schema: str = "unknown"
         self.use: Use = "answer"
-        self._records = _recognised(path, format, problems)
+        self._records = _recognised(path, format, problems, tokenizer)
         self._problems = problems
         self._converters: dict[Use, Callable[[Record, Example, Note], Iterator[Any]]] = {
             "answer": _conversation,
@@ -132,11 +142,12 @@ def _iterate(
     use: Use,
     convert: Callable[[Record, Example, Note], Iterator[T]],
     problems: Problems | None,
+    tokenizer: Tokenizer | None,
 ) -> Iterator[Located[T]]:
     own = Problems() if problems is None else problems
     records, before = 0, own.count
     for path in (file for files in find_files(paths) for file in files):
-        for record, name, schema in _recognised(path, format, own):
+        for record, name, schema in _recognised(path, format, own, tokenizer):
             records += 1
             if use not in schema.uses:
                 own.add(path, f"schema {name} ({schema.fields}), {_WANTED[use]}")
@@ -151,14 +162,14 @@ def _iterate(
         own.add(", ".join(paths) or "files", none)
 
 
-def _recognised(path: str, format: str, problems: Problems) -> Iterator[tuple[Record, str, Schema]]:
+def _recognised(path: str, format: str, problems: Problems, tokenizer: Tokenizer | None) -> Iterator[tuple[Record, str, Schema]]:
     """Records with their file's schema: the one named, or that of the first record that tells it."""
     if format != "auto" and format not in SCHEMAS:
         raise UserError(f"data.format {format}: no such schema, expected auto or one of {', '.join(SCHEMAS)}")
     name = None if format == "auto" else format
     strange: Record | None = None
     more = 0
-    for record in read_records([path], problems):
+    for record in read_records([path], problems, tokenizer):
         name = name or next((known for known, schema in SCHEMAS.items() if schema.recognises(record.value)), None)
         if name is None:
             more += strange is not None

@@ -9,34 +9,38 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from trueline.data.files import KNOWN, find_files, open_bytes, suffix
+from trueline.data.files import KNOWN, MINDRECORD, find_files, open_bytes, suffix
 from trueline.data.json_text import LONGEST_RECORD, TOO_LONG, Broken, decode_line, not_utf8, offset, parse, skip
+from trueline.data.mindrecord_text import read_tokens
 from trueline.data.record import Problems, Record, kind, place_of
 from trueline.data.tables import read_csv, read_parquet
+from trueline.data.tokenizer import Tokenizer
 
 BLOCK = 1 << 20
 UNREADABLE = (OSError, EOFError, ValueError)
 """What opening or unpacking a file may raise; ValueError is a name no file can have."""
 
 
-def read_records(paths: Sequence[str], problems: Problems | None = None) -> Iterator[Record]:
+def read_records(paths: Sequence[str], problems: Problems | None = None, tokenizer: Tokenizer | None = None) -> Iterator[Record]:
     """Every object of every file that `paths` mean (see `find_files`), in order. After a broken record the next one is tried.
 
     Problems go to `problems`; without one, a UserError with all of them is raised after the last record.
+    `tokenizer` makes text of the token ids in MindRecord files.
     """
     own = problems if problems is not None else Problems()
     for files in find_files(paths):
         for path in files:
             if _readable(path, own):
-                yield from read_file(path, own)
+                yield from read_file(path, own, tokenizer)
     if problems is None:
         own.stop()
 
 
-def read_file(path: str, problems: Problems) -> Iterator[Record]:
+def read_file(path: str, problems: Problems, tokenizer: Tokenizer | None = None) -> Iterator[Record]:
     """Every object of one file that is known to be there."""
+    ending = suffix(path)
     try:
-        yield from _READERS[suffix(path)](path, problems)
+        yield from read_tokens(path, problems, tokenizer) if ending == MINDRECORD else _READERS[ending](path, problems)
     except UNREADABLE as error:
         problems.add(path, f"cannot be read ({getattr(error, 'strerror', None) or error}), expected a readable file")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from trueline.config.source import OVERRIDE, Written, read_file, read_override
 from trueline.errors import UserError
+from trueline.interchange.legacy_launch import ARGUMENTS, NAMED, name_arguments
 
 TARGETS: dict[str, tuple[str, ...]] = {
     "query_key_value": ("q", "k", "v"),
@@ -138,7 +139,10 @@ def projections(value: Any) -> list[str]:
 
 
 def read_old(files: Sequence[str], notes: list[str]) -> tuple[dict[str, list[Old]], str]:
-    """Every key of the files and of the `key=value` arguments among them, in order, by name; and the scripts' names in one text."""
+    """Every key of the files and of the `key=value` arguments among them, in order, by name; and the scripts' names in one text.
+
+    Files that these name (`NAMED`) are read too, where they are: beside the working folder, or beside the file that names them.
+    """
     found: dict[str, list[Old]] = {}
     scripts = []
     for given in files:
@@ -147,11 +151,26 @@ def read_old(files: Sequence[str], notes: list[str]) -> tuple[dict[str, list[Old
         elif Path(given).suffix in (".yaml", ".yml", ".json"):
             items = _leaves(read_file(given, notes), "")
         else:
-            items, names = _read_text(given)
+            items, names = _read_text(given, notes)
             scripts += names
         for item in items:
             found.setdefault(item.name, []).append(item)
+    known = {Path(file).resolve() for file in files}
+    for naming in [old for key in NAMED for old in found.get(key, []) if old.value]:
+        path = _named_file(naming)
+        if path is None and not NAMED[naming.name]:
+            notes.append(f"{naming.where}: {naming.name} {naming.value} is not here, so its keys are not in this; give it too")
+        elif path is not None and path.resolve() not in known:
+            known.add(path.resolve())
+            for item in _leaves(read_file(path, notes), ""):
+                found.setdefault(item.name, []).append(item)
     return found, " ".join(scripts)
+
+
+def _named_file(old: Old) -> Path | None:
+    """The file that a key names, if it is there."""
+    paths = [place / str(old.value) / NAMED[old.name] for place in (Path(), Path(old.where.rpartition(":")[0]).parent)]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _leaves(tree: Written, name: str) -> list[Old]:
@@ -170,15 +189,17 @@ def _plain(value: Any) -> Any:
 
 
 def _scalar(text: str) -> Any:
-    """A value as Python or a shell writes it."""
+    """A value as Python or a shell writes it; None for a shell's variable that nothing sets."""
+    if re.fullmatch(r"\$\{?\w+\}?", text):
+        return None
     try:
         return _plain(read_override(f"value={text}", []).value["value"].plain())
     except UserError:
         return text
 
 
-def _read_text(path: str) -> tuple[list[Old], list[str]]:
-    """A command with `--flag value` arguments, or lines like `kl_coef: float = 0.02`; the names of the Python files that are called."""
+def _read_text(path: str, notes: list[str]) -> tuple[list[Old], list[str]]:
+    """A command with `--flag value` arguments or a known script's, or lines like `kl_coef: float = 0.02`; the Python files it calls."""
     try:
         text = Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -187,29 +208,53 @@ def _read_text(path: str) -> tuple[list[Old], list[str]]:
     found: list[Old] = []
     scripts: list[str] = []
     flag: Old | None = None
+    called: str | None = None  # a script whose arguments follow
+    arguments: list[tuple[str, str]] = []
+    held = ""  # lines inside a quote
     for number, line in enumerate(text.splitlines(), 1):
+        line, held = held + line, ""
         setting = re.match(r"\s*(?:export\s+)?(\w+)\s*(?::\s*[\w\[\], .|]+?)?\s*=\s*([^=\s].*?)\s*(?:#.*)?$", line)
         if setting and "--" not in line and ".py" not in line:
-            variables[setting[1]] = setting[2].strip("'\"")
-            if not (setting[1].isupper() or line.lstrip().startswith("export ")):  # a shell's variable is no key
+            default = re.fullmatch(r"['\"]?\$\{\w+:-(.*)\}['\"]?", setting[2])
+            variables[setting[1]] = (default[1] if default else setting[2]).strip("'\"")
+            shell = path.endswith(".sh") or setting[1].isupper() or line.lstrip().startswith("export ")
+            if not shell:  # a shell's variable is no key
                 found.append(Old(setting[1], _scalar(setting[2]), f"{path}:{number}"))
             continue
-        for word in _words(line, f"{path}:{number}"):
+        words = _words(line, f"{path}:{number}")
+        if words is None:
+            held = line.rstrip().removesuffix("\\") + " "
+            continue
+        for word in words:
             value = re.sub(r"\$\{?(\w+)\}?", lambda name: variables.get(name[1], name[0]), word)
-            if word.startswith("--"):
+            if called:
+                arguments.append((value, f"{path}:{number}"))
+            elif Path(word).name in ARGUMENTS:
+                called = Path(word).name
+            elif word.startswith("--"):
                 found += [flag] if flag else []
-                name, _, given = word[2:].partition("=")
-                flag = Old(name, _scalar(given) if given else True, f"{path}:{number}")
+                name, joined, given = value[2:].partition("=")
+                flag = Old(name, _scalar(given) if joined else True, f"{path}:{number}")
+                if joined:  # what follows is no value of it
+                    found, flag = [*found, flag], None
             elif flag:
                 found.append(Old(flag.name, _scalar(value), flag.where))
                 flag = None
             elif word.endswith(".py"):
                 scripts.append(Path(word).name)
+        if called and not line.rstrip().endswith("\\"):
+            names = name_arguments(called, [value for value, _ in arguments], notes, f"{path}:{number}")
+            found += [Old(name, _scalar(value), where) for name, (value, where) in zip(names, arguments, strict=True)]
+            called, arguments = None, []
     return found + ([flag] if flag else []), scripts
 
 
-def _words(line: str, where: str) -> list[str]:
+def _words(line: str, where: str) -> list[str] | None:
+    """A line's words, those of a command in quotes too; None inside such a quote."""
     try:
-        return [word for word in shlex.split(line.rstrip().removesuffix("\\"), comments=True) if word]
+        words = [word for word in shlex.split(line.rstrip().removesuffix("\\"), comments=True) if word]
+        return [part for word in words for part in (shlex.split(word) if " --" in word else [word])]
     except ValueError:
+        if line.rstrip().endswith("\\"):
+            return None
         raise UserError(f"{where}: a quote that does not end on its line") from None

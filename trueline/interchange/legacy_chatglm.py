@@ -1,11 +1,19 @@
 """ChatGLM-Efficient-Tuning's arguments (and so ChatGLM-6B-RLHF's): SFT, reward model and PPO, as a command or one JSON file."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
+from trueline.data.schemas import COLUMNS
 from trueline.interchange.legacy import Conversion, Old, projections
 from trueline.interchange.legacy_trainer import DROPPED, convert_training
 
 TITLE = "ChatGLM-Efficient-Tuning"
 SCRIPTS = {"rm": "reward", "reward": "reward", "ppo": "ppo", "policy": "ppo", "pt": "sft", "sft": "sft", "finetune": "sft"}
 KINDS = {"lora": "lora", "p_tuning": "ptuning", "full": "full", "none": "full", "freeze": "lora"}
+SOURCES = (".file_name", ".hf_hub_url", ".script_url")
+"""What a registry's entry has one of."""
+NAMES = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
+"""An entry's columns, and what they are called where nothing else is said."""
 REASONS = {
     "stage": "the verb says it",
     "dataset_dir": "part of the file names in data.train",
@@ -63,14 +71,19 @@ def convert(it: Conversion, devices: int) -> None:
 
 
 def _data(it: Conversion) -> None:
-    folder, names = str(it.get("dataset_dir", "data")), str(it.get("dataset", "alpaca_zh"))
-    files = [f"{folder}/{name.strip()}.json" for name in names.split(",")]
+    folder, names = str(it.get("dataset_dir", "data")), [name.strip() for name in str(it.get("dataset", "alpaca_zh")).split(",")]
+    files = [str(Path(folder) / str(it.get(f"{name}.file_name", f"{name}.json"))) for name in names]
     new = "data.eval" if it.stage == "evaluate" else "data.train"
     it.move("dataset", new, lambda value: files, "files of dataset_dir")
     it.add(new, files, "the old default data set")
-    it.warn(
-        f"{new}: the registry dataset_info.json is not read; the names stand for {', '.join(files)}. Correct them where it says otherwise"
-    )
+    known = registered(it.olds)
+    for name, file in zip(names, files, strict=True):
+        if name in known:
+            _entry(it, name, file, new)
+        else:
+            lacks = "has no" if known else "is not here to look up"
+            it.warn(f"{new}: the registry dataset_info.json {lacks} {name}, which is taken for {file}; correct that, or give the registry")
+    it.drop_all(dict.fromkeys(known - {*names}, "a data set that this run does not use"))
     if it.stage == "reward":
         it.warn("of ranked answers only the first two were used; data.ranked: all makes every pair")
     lengths = ("max_source_length", "max_target_length")
@@ -86,6 +99,27 @@ def _data(it: Conversion) -> None:
         if it.stage == "evaluate":
             it.drop(name, "the files are evaluated whole")
         it.move(name, "data.eval_fraction")
+
+
+def registered(names: Iterable[str]) -> set[str]:
+    """The data sets of which the keys of a registry are among `names`."""
+    return {name.removesuffix(source) for name in names for source in SOURCES if name.endswith(source)}
+
+
+def _entry(it: Conversion, name: str, file: str, new: str) -> None:
+    """A data set of the registry that the run uses. A hub's name went before a script's, and that before a file's."""
+    hub, script = it.get(f"{name}.hf_hub_url"), it.get(f"{name}.script_url")
+    if hub or script:
+        place = f"the hub's {hub}" if hub else f"made by the program in {script}, which is never run"
+        it.warn(f"{new}: {name} is {place}; save its records as {file} (.json, .jsonl, .csv, .parquet), or name their files")
+        it.drop_all(dict.fromkeys((f"{name}{source}" for source in SOURCES), f"{file} stands for it; see the warning"))
+    it.part(f"{name}.file_name", new, f"the file of {name}")
+    it.drop(f"{name}.file_sha1", "another hash was only a warning; tokens are kept by the hash of the file they are of")
+    theirs = {part: it.get(f"{name}.columns.{part}", ours if part != "history" else None) for part, ours in NAMES.items()}
+    if (theirs["prompt"], theirs["response"]) not in COLUMNS:
+        if other := [f"{column} to {NAMES[part]}" for part, column in theirs.items() if column and column != NAMES[part]]:
+            it.warn(f"{new}: {name} has columns of other names; in {file} rename {', '.join(other)}")
+    it.drop_all({f"{name}.columns": "columns are told by their names (data.format)"})
 
 
 def _adapter(it: Conversion) -> None:

@@ -4,6 +4,8 @@ from trueline.interchange.legacy import Conversion, Old, by_reason
 
 TITLES = {"ppo": "MindRLHF PPO", "dpo": "MindRLHF DPO", "reward": "MindRLHF reward model"}
 MODEL = "model.model_config."
+DATA = "train_dataset", "train_dataset.data_loader.dataset_dir", "mind_dataset_dir"
+HELD_OUT = "eval_dataset", "eval_dataset.data_loader.dataset_dir"
 PPO_KEYS = (
     "kl_coef",
     "init_kl_coef",
@@ -28,20 +30,28 @@ REASONS = by_reason({
     "rollouts always keep keys and values": "model.model_config.use_past",
     "belongs to DPO": "model.model_config.alpha model.model_config.beta",
     "told by the verb and the model's folder": "model.arch arch",
-    "the verb says it": "trainer metric run_mode",
+    "the verb says it": "trainer metric run_mode task",
     "the tokenizer is the one in the model's folder": "processor",
     "there are no strategy files": "src_strategy src_strategy_path_or_dir auto_trans_ckpt only_save_strategy",
     "run.resume: auto goes on from the newest checkpoint that verifies": "resume_training",
     "how MindSpore ran; one process or torchrun, nothing to set":
         "use_parallel context parallel micro_batch_interleave_num runner_config profile profile_start_step profile_stop_step "
         "init_start_profile profile_communication profile_memory auto_tune filepath_prefix autotune_per_step remote_save_url "
-        "enable_compile_cache device_target",
+        "enable_compile_cache device_target worker_num local_worker_num master_addr master_port join log_dir cluster_time_out node_rank "
+        "device_id mode dp mp pp micro_batch_num",
     "sharding is set by mesh.*": "parallel_config",
     "no mixture of experts": "moe_config",
     "model.recompute covers whole layers": "recompute_config",
     "no loss scale is needed in bfloat16 and float32": "runner_wrapper",
-    "JSON lines are read as they are; `trueline convert` makes them of MindRecord files":
+    "data.train and data.eval take files, folders and patterns, and shuffle them":
         "train_dataset train_dataset_task eval_dataset eval_dataset_task",
+    "the model file of rollouts": "G_SFT_PATH",
+    "the model file of training": "T_SFT_PATH",
+    "reward.model names the folder": "G_RM_PATH T_RM_PATH",
+    "critic.path names a folder, if the critic has one of its own": "G_CRITIC_PATH T_CRITIC_PATH",
+    "the model file given here": "config",
+    "the tokenizer is the one in the model's folder ": "vocab_file merges_file",
+    "`trueline generate` answers": "predict_data",
     "held-out files are named in data.eval": "do_eval",
     "run.eval_every, once data.eval is set": "eval_step_interval eval_epoch_interval",
     "losses, checkpoints and reports are written by every run": "callbacks eval_callbacks",
@@ -59,7 +69,6 @@ PPO_REASONS = by_reason({
     "how MindSpore ran; one process or torchrun, nothing to set": "sink_size",
     "the critic has an adapter of its own on the policy's trunk, or the model in critic.path": "is_shared_backbone",
     "experience is not written to disk": "save_data_file",
-    "JSON lines are read as they are; `trueline convert` makes them of MindRecord files": "mind_dataset_dir",
     "the model file given here": "sft_path sft_path_infer sft_path_train",
     "reward.model names the folder": "reward_path",
     "critic.path names a folder, if the critic has one of its own": "critic_path",
@@ -75,17 +84,26 @@ PPO_REASONS = by_reason({
 })  # fmt: skip
 
 
-def stage_of(found: dict[str, list[Old]]) -> str:
-    """Which of its stages the files are for: told by the architecture's name and the data set's."""
+def stage_of(found: dict[str, list[Old]], scripts: str) -> str:
+    """Which of its stages the files are for: told by the architecture's name, the data set's and the program's."""
     names = " ".join(str(old.value) for name in ("model.arch.type", "train_dataset_task.type") for old in found.get(name, []))
-    return "reward" if "Reward" in names else "dpo" if "DPO" in names else "ppo"
+    return "reward" if "Reward" in names or "reward_" in scripts else "dpo" if "DPO" in names or "_dpo" in scripts else "ppo"
 
 
-def convert(it: Conversion, devices: int, given: dict[str, list[Old]]) -> None:
-    """Fills `it`; `given` holds also what a later file overrode, for rollout and training had a file each."""
-    it.add("model.path", _model(it), "the nearest published folder; --model names another")
+def convert(it: Conversion, devices: int, given: dict[str, list[Old]], scripts: str) -> None:
+    """Fills `it`; `given` holds also what a later file overrode, for rollout and training had a file each. `scripts` are the programs."""
+    told = it.get(MODEL + "type", it.get("trainer.model_name", scripts))
+    glm = "glm" in str(told).lower() or "G_SFT_PATH" in it.olds or "T_SFT_PATH" in it.olds
+    nearest = "THUDM/glm-4-9b-chat-hf" if glm else "Qwen/Qwen2-7B-Instruct"
+    it.add("model.path", nearest, "the nearest published folder; --model names another")
     it.move("seed", "run.seed")
+    if str(it.get("save_ckpt_dir")) in (".", "./", str(it.get("load_sft_checkpoint"))):
+        it.drop("save_ckpt_dir", "where it was started, or its old checkpoints are; run.output is a folder of its own")
     it.move("save_ckpt_dir", "run.output")
+    for keys, ours in ((DATA, "data.train"), (HELD_OUT, "data.eval")):
+        for key in keys:
+            if it.get(key) and ours not in it.settings:
+                it.move(key, ours, lambda value: [str(value)], "MindRecord is read as it is, with the tokenizer it was made with")
     it.drop("output_dir", "save_ckpt_dir goes before it") if "run.output" in it.settings else it.move("output_dir", "run.output")
     it.move("recompute_config.recompute", "model.recompute")
     for name in [name for name in it.olds if name.startswith("callbacks[")]:
@@ -96,17 +114,9 @@ def convert(it: Conversion, devices: int, given: dict[str, list[Old]]) -> None:
     it.move(longest, "data.max_length")
     it.add("data.overlength", "truncate", "the old program cut longer samples without a word; cuts are counted now")
     {"ppo": _ppo, "dpo": _dpo, "reward": _reward}[it.stage](it, devices)
-    _known_mistakes(it, given)
+    _known_mistakes(it, given, glm)
     it.drop_all(REASONS)
-    it.add("data.train", ["train.jsonl"], "the old file names MindRecord files; name the JSON lines they were made from")
-
-
-def _model(it: Conversion) -> str:
-    return (
-        "THUDM/glm-4-9b-chat-hf"
-        if "glm" in str(it.get(MODEL + "type", it.get("trainer.model_name", ""))).lower()
-        else "Qwen/Qwen2-7B-Instruct"
-    )
+    it.add("data.train", ["train.jsonl"], "the old files name no data; JSON lines and MindRecord files are read")
 
 
 def _ppo(it: Conversion, devices: int) -> None:
@@ -149,7 +159,7 @@ def _pretrain(it: Conversion) -> None:
         return
     it.move("pretrain_coef", "ppo.ptx_coefficient", lambda value: round(share / (1 - share), 6), why)
     it.add("ppo.ptx_coefficient", round(share / (1 - share), 6), f"MindRLHF's default: {why}")
-    it.add("data.ptx", ["train.jsonl"], "its pretraining samples were the prompts with their preferred answers")
+    it.add("data.ptx", list(it.settings.get("data.train", ["train.jsonl"])), "its samples were the prompts with their preferred answers")
     it.warn(
         f"pretraining mix: {why}; remove data.ptx and ppo.ptx_coefficient for PPO alone. "
         "Its mask was padded with the pad token's id, so that padding outweighed the text; here a mask is 0 or 1"
@@ -260,9 +270,8 @@ def _reward(it: Conversion, devices: int) -> None:
     it.warn("the reward model was trained on a template that PPO did not use; training and scoring share one now")
 
 
-def _known_mistakes(it: Conversion, given: dict[str, list[Old]]) -> None:
+def _known_mistakes(it: Conversion, given: dict[str, list[Old]], glm: bool) -> None:
     layers = given.get(MODEL + "num_layers", [])
-    glm = "glm" in _model(it)
     for old in layers:
         if glm and old.value != 40 and any(size.value == 4096 for size in given.get(MODEL + "hidden_size", [])):
             it.warn(

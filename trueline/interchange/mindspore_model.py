@@ -19,8 +19,19 @@ from trueline.errors import UserError
 from trueline.families.folder import weight_slots
 from trueline.families.table import family_of
 from trueline.interchange.mindspore_checkpoint import write_checkpoint
-from trueline.interchange.mindspore_names import Group, beside_weights, config_from_yaml, groups_of, join, read_yaml, turn
-from trueline.interchange.mindspore_ranks import Axis, Layout, Pieces, even_layout, read_strategies, write_ranks
+from trueline.interchange.mindspore_names import (
+    BUFFERS,
+    FINAL_NORMS,
+    Group,
+    beside_weights,
+    config_from_yaml,
+    groups_of,
+    join,
+    read_yaml,
+    turn,
+    weight_of,
+)
+from trueline.interchange.mindspore_ranks import Layout, Pieces, even_layout, read_strategies, write_ranks
 from trueline.model.decoder import Decoder, DecoderConfig
 from trueline.model.weights import read_shapes, read_tensors, write_tensors
 
@@ -90,6 +101,8 @@ def _plan(path: Path) -> Plan:
             raise UserError("a reward model, whose head MindFormers has no one place for; convert the language model")
         sizes = family.read_config(config)
         groups = groups_of(family.name, sizes.num_layers)
+        if config.get("model_type") == "chatglm" and (sizes.tied_embeddings or not config.get("multi_query_attention")):
+            raise UserError("MindFormers has only models of this type with multi_query_attention and a vocabulary head of their own")
         with torch.device("meta"):
             slots = weight_slots(Decoder(sizes, True), family)
         shapes: dict[str, Shape] = {}
@@ -105,10 +118,10 @@ def _plan(path: Path) -> Plan:
     return Plan(config, sizes, shapes, there, folder, rearranged)
 
 
-def import_model(source: Path, out: Path, plan: Plan, tensor_parallel: int | None, strategy: Path | None) -> Done:
-    """A `.ckpt` file, or a folder of `rank_N`, to a new Hugging Face folder."""
+def import_model(pieces: Pieces, out: Path, plan: Plan) -> Done:
+    """A `.ckpt` file, or those of ranks, to a new Hugging Face folder."""
     left_out: Counter[str] = Counter()
-    tensors = _from_mindspore(Pieces.open(source, strategy), plan, tensor_parallel, left_out)
+    tensors = _from_mindspore(pieces, plan, left_out)
     first = next(tensors)  # names are checked before anything is written
     dtypes: set[torch.dtype] = set()
 
@@ -125,7 +138,7 @@ def import_model(source: Path, out: Path, plan: Plan, tensor_parallel: int | Non
             if not (plan.decoder.tied_embeddings and name == "lm_head.weight"):
                 yield name, tensor
             elif embedding is None or not torch.equal(tensor, embedding):
-                raise UserError(f"{source}: the vocabulary head is not the embedding, but the configuration ties them")
+                raise UserError(f"{pieces.where}: the vocabulary head is not the embedding, but the configuration ties them")
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
@@ -148,7 +161,7 @@ def import_model(source: Path, out: Path, plan: Plan, tensor_parallel: int | Non
 
 def export_model(source: Path, out: Path, plan: Plan, ranks: tuple[int, int] | None, strategy: Path | None) -> Done:
     """A Hugging Face folder to a `.ckpt` file or, with `ranks` (tensor, data), to a folder of `rank_N`."""
-    there = read_shapes(source)
+    there = {name: shape for name, shape in read_shapes(source).items() if not name.endswith(BUFFERS)}
     wanted = dict(plan.shapes)
     if plan.decoder.tied_embeddings and "lm_head.weight" not in there:
         del wanted["lm_head.weight"]
@@ -156,28 +169,61 @@ def export_model(source: Path, out: Path, plan: Plan, ranks: tuple[int, int] | N
         shown = [f"{name}: {list(there[name]) if name in there else 'missing'}, expected {_expected(wanted, name)}" for name in wrong[:20]]
         raise UserError(f"{source}: {len(wrong)} tensors do not fit its config.json:", shown)
     dtypes: set[torch.dtype] = set()
-    tensors = _to_mindspore(source, plan, dtypes)
+    _write(out, _to_mindspore(source, plan, dtypes), plan, ranks, strategy)
+    return Done(len(plan.shapes), dtypes)
+
+
+def reshard(pieces: Pieces, out: Path, plan: Plan, ranks: tuple[int, int] | None, strategy: Path | None) -> Done:
+    """A `.ckpt` file, or those of ranks, to one `.ckpt` file or, with `ranks` (tensor, data), to a folder of `rank_N`.
+
+    Every tensor keeps its name. An optimizer's states are cut as their weights are; what else is beside the weights is the same on all.
+    """
+    prefix, chosen, beside = _match(pieces, plan)
+    shapes = {prefix + name: (shape, group) for group, form in chosen for name, shape in _form_shapes(group, form, plan).items()}
+    tensor_parallel = pieces.tensor_parallel({name: shape for name, (shape, _) in shapes.items()})
+    uncut = Group((), (), None)
+    dtypes: set[torch.dtype] = set()
+    there = pieces.first()
+
+    def tensors() -> Iterator[tuple[str, Tensor, Group]]:
+        for name, stored in there.items():
+            shape, group = shapes.get(weight_of(name)) or (pieces.whole(name, stored.shape), uncut)
+            if stored.dtype is not None:
+                tensor = pieces.read(name, shape, tensor_parallel, group.axis, weight=name not in beside)
+                dtypes.update([] if name in beside else [tensor.dtype])
+                yield name, tensor, group
+
+    _write(out, tensors(), plan, ranks, strategy)
+    texts = sum(stored.dtype is None for stored in there.values())
+    return Done(len(there) - texts, dtypes, Counter({"text": texts} if texts else {}))
+
+
+def _write(
+    out: Path, tensors: Iterator[tuple[str, Tensor, Group]], plan: Plan, ranks: tuple[int, int] | None, strategy: Path | None
+) -> None:
     if ranks is None:
         write_checkpoint(out, ((name, tensor) for name, tensor, _ in tensors))
     else:
         layouts = read_strategies(strategy) if strategy else {}
         placed = ((name, tensor, _layout(name, tensor, group, plan, ranks, layouts)) for name, tensor, group in tensors)
         write_ranks(out, placed, ranks[0] * ranks[1])
-    return Done(len(plan.shapes), dtypes)
 
 
 def _expected(wanted: dict[str, Shape], name: str) -> str:
     return str(list(wanted[name])) if name in wanted else "no such tensor"
 
 
-def _from_mindspore(pieces: Pieces, plan: Plan, tensor_parallel: int | None, left_out: Counter[str]) -> Iterator[tuple[str, Tensor]]:
-    """Their tensors by Hugging Face's names, one group at a time. What is missing or unknown is one UserError before the first."""
-    anchor = next(group for group in plan.groups if group.theirs == ("model.norm.weight",)).forms[0][0]
-    prefixes = [name[: -len(anchor)] for name in pieces.names() if name.endswith(anchor) and beside_weights(name) is None]
+def _match(pieces: Pieces, plan: Plan) -> tuple[str, list[tuple[Group, tuple[str, ...]]], dict[str, str]]:
+    """What stands before every weight's name, the groups in the form they are there, and what is beside them by its kind.
+
+    What is missing or unknown is one UserError.
+    """
+    anchor = next(group.forms[0][0] for group in plan.groups if group.forms[0][0] in FINAL_NORMS)
+    prefixes = [name[: -len(anchor)] for name in pieces.first() if name.endswith(anchor) and beside_weights(name) is None]
     if len(prefixes) != 1:
         found = "no" if not prefixes else f"{len(prefixes)}"
         raise UserError(f"{pieces.where}: {found} tensors called ...{anchor}, expected one; is it this model's checkpoint, and whole?")
-    there = dict.fromkeys(name.removeprefix(prefixes[0]) if name.startswith(prefixes[0]) else f"\0{name}" for name in pieces.names())
+    there = dict.fromkeys(name.removeprefix(prefixes[0]) if name.startswith(prefixes[0]) else f"\0{name}" for name in pieces.first())
     chosen: list[tuple[Group, tuple[str, ...]]] = []
     problems = []
     for group in plan.groups:
@@ -187,20 +233,24 @@ def _from_mindspore(pieces: Pieces, plan: Plan, tensor_parallel: int | None, lef
             chosen.append((group, form))
         elif not tied:
             problems.append(f"{group.forms[0][0]}: missing" + (f" (nor {group.forms[1][0]})" if len(group.forms) > 1 else ""))
-    used = {name for _, form in chosen for name in form}
-    for name in there.keys() - used:
-        kind = beside_weights(name.removeprefix("\0"))
-        problems += [f"{name.removeprefix(chr(0))}: not a tensor of this model"] if kind is None else []
-        left_out.update([kind] if kind else [])
+    used = {prefixes[0] + name for _, form in chosen for name in form}
+    beside = {name: beside_weights(name) for name in pieces.first() if name not in used}
+    problems += [f"{name.removeprefix(prefixes[0])}: not a tensor of this model" for name, kind in beside.items() if kind is None]
     if problems:
         shown = sorted(problems)[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise UserError(f"{pieces.where}: does not fit the {plan.config.get('model_type')} model that was named:", shown)
-    sizes = {prefixes[0] + name: size for group, form in chosen for name, size in _form_shapes(group, form, plan).items()}
-    tensor = tensor_parallel or pieces.tensor_parallel(sizes)
+    return prefixes[0], chosen, {name: kind for name, kind in beside.items() if kind}
+
+
+def _from_mindspore(pieces: Pieces, plan: Plan, left_out: Counter[str]) -> Iterator[tuple[str, Tensor]]:
+    """Their tensors by Hugging Face's names, one group at a time."""
+    prefix, chosen, beside = _match(pieces, plan)
+    left_out.update(beside.values())
+    sizes = {prefix + name: size for group, form in chosen for name, size in _form_shapes(group, form, plan).items()}
+    tensor = pieces.tensor_parallel(sizes)
     for group, form in chosen:
-        axis: Axis = group.axis if tensor_parallel is None else "any"
-        whole = join([pieces.read(prefixes[0] + name, sizes[prefixes[0] + name], tensor, axis) for name in form])
-        yield from zip(group.theirs, _turned(group, list(whole.split([plan.shapes[n][0] for n in group.theirs])), plan, True), strict=True)
+        whole = join([pieces.read(prefix + name, sizes[prefix + name], tensor, group.axis) for name in form])
+        yield from zip(group.theirs, _turned(group, whole, plan, True).split([plan.shapes[name][0] for name in group.theirs]), strict=True)
 
 
 def _to_mindspore(source: Path, plan: Plan, dtypes: set[torch.dtype]) -> Iterator[tuple[str, Tensor, Group]]:
@@ -209,6 +259,8 @@ def _to_mindspore(source: Path, plan: Plan, dtypes: set[torch.dtype]) -> Iterato
     waiting: dict[str, Tensor] = {}
     alone = plan.decoder.tied_embeddings and "lm_head.weight" not in read_shapes(source)
     for name, tensor in read_tensors(source):
+        if name.endswith(BUFFERS):
+            continue
         if not tensor.is_floating_point():
             raise UserError(f"{source}: {name} holds {tensor.dtype}, expected floating point; quantised weights are not supported")
         dtypes.add(tensor.dtype)
@@ -216,7 +268,7 @@ def _to_mindspore(source: Path, plan: Plan, dtypes: set[torch.dtype]) -> Iterato
         group = homes[name]
         if all(member in waiting for member in group.theirs):
             form = group.forms[0]
-            whole = join(_turned(group, [waiting.pop(member) for member in group.theirs], plan, False))
+            whole = _turned(group, join([waiting.pop(member) for member in group.theirs]), plan, False)
             for theirs, part in zip(form, whole.split([size[0] for size in _form_shapes(group, form, plan).values()]), strict=True):
                 yield theirs, part, group
             if alone and name == "model.embed_tokens.weight":
@@ -230,22 +282,31 @@ def _form_shapes(group: Group, form: tuple[str, ...], plan: Plan) -> dict[str, S
     rows = sum(shape[0] for shape in shapes)
     if len(form) == len(shapes):
         return dict(zip(form, shapes, strict=True))
+    if len(form) == 3:  # queries, keys and values of one matrix
+        heads = (plan.decoder.num_heads, plan.decoder.num_kv_heads, plan.decoder.num_kv_heads)
+        return {name: (count * plan.decoder.head_dim, *shapes[0][1:]) for name, count in zip(form, heads, strict=True)}
     return {name: (rows // len(form), *shapes[0][1:]) for name in form}
 
 
-def _turned(group: Group, parts: list[Tensor], plan: Plan, back: bool) -> list[Tensor]:
+def _turned(group: Group, whole: Tensor, plan: Plan, back: bool) -> Tensor:
+    """Rows of queries, keys and values: the first two are turned, where the model's are."""
     if not (group.turned and plan.rearranged):
-        return parts
-    return [turn(part, plan.decoder.head_dim, back) if i < 2 else part for i, part in enumerate(parts)]
+        return whole
+    turned = (plan.decoder.num_heads + plan.decoder.num_kv_heads) * plan.decoder.head_dim
+    return torch.cat([turn(whole[:turned], plan.decoder.head_dim, back), whole[turned:]])
 
 
 def _layout(name: str, tensor: Tensor, group: Group, plan: Plan, ranks: tuple[int, int], layouts: dict[str, Layout]) -> Layout:
-    """The strategy's layout where there is one, else MindFormers' own: rows of what opens a block, columns of what closes it."""
+    """The strategy's layout where there is one, else MindFormers' own: rows of what opens a block, columns of what closes it.
+
+    What is no weight may be missing in a strategy; it is not cut.
+    """
     total = ranks[0] * ranks[1]
     if layouts:
-        layout = layouts.get(name)
+        layout = layouts.get(name) or layouts.get(weight_of(name))
+        layout = layout if layout or group.theirs else even_layout(tensor.dim(), None, 1, *ranks)
         if layout is None or len(layout.places) != total or len(layout.parts) != tensor.dim():
-            raise UserError(f"--strategy: {name} is not in it, or not on {total} ranks")
+            raise UserError(f"the strategy for what is written: {name} is not in it, or not on {total} ranks")
         parts = layout.parts
     else:
         key_value = ".wk." in name or ".wv." in name

@@ -4,7 +4,7 @@ A group of Hugging Face tensors and a group of MindFormers tensors hold the same
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -62,13 +62,19 @@ GLM = (
     Group(("model.norm.weight",), (("transformer.encoder.final_layernorm.weight",),), None),
     Group(("lm_head.weight",), (("transformer.output_layer.weight",),), 0),
 )
-GROUPS = {"qwen2": LLAMA, "llama": LLAMA, "glm": GLM}
+# ChatGLM2, 3 and GLM-4 as their authors publish them have MindFormers' fused names, all but the embedding's
+_ORIGINAL = {"model.embed_tokens.weight": ("transformer.embedding.word_embeddings.weight",)}
+GLM_ORIGINAL = tuple(replace(group, theirs=_ORIGINAL.get(group.theirs[0], group.forms[0])) for group in GLM)
+GROUPS = {"qwen2": LLAMA, "llama": LLAMA, "glm": GLM, **dict.fromkeys(("chatglm2", "chatglm3", "chatglm4"), GLM_ORIGINAL)}
+FINAL_NORMS = ("model.norm_out.weight", "transformer.encoder.final_layernorm.weight")
+"""In every checkpoint, once; what stands before it there stands before every weight's name."""
 # what MindSpore and MindRLHF keep beside the weights
 STATES = ("adam_m.", "adam_v.", "moments.", "moment1.", "moment2.", "accu_grads.", "fp32_params.", "master_param.")
 COUNTERS = {
     "global_step", "epoch_num", "step_num", "scale_sense", "loss_scale", "current_iterator_step", "last_overflow_iterator_step",
     "learning_rate", "beta1_power", "beta2_power", "weight_decay", "batch_size", "global_batch_size", "best_val", "data_epoch",
 }  # fmt: skip
+BUFFERS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
 VALUE_HEADS = ("v_head0.", "v_head1.", "v_head2.", "vHead.", "value_head.")
 
 
@@ -81,15 +87,22 @@ def groups_of(family: str, layers: int) -> Iterator[Group]:
         for layer in range(layers) if per_layer else (0,):
             for group in block:
                 theirs, *forms = (tuple(name.format(layer) for name in names) for names in (group.theirs, *group.forms))
-                yield Group(theirs, tuple(forms), group.axis, group.turned)
+                yield replace(group, theirs=theirs, forms=tuple(forms))
+
+
+def weight_of(name: str) -> str:
+    """The weight's name that an optimizer state's name holds; another name as it is."""
+    return next((name.replace(state, "", 1) for state in STATES if name.startswith(state) or f".{state}" in name), name)
 
 
 def beside_weights(name: str) -> str | None:
-    """What a tensor that is no weight of the network is: "optimizer state", "counter", "value head"; None when it is not known."""
-    if any(name.startswith(state) or f".{state}" in name for state in STATES):
+    """What a tensor that is no weight of the network is: "optimizer state", "counter", "value head" or "buffer"; None: not known."""
+    if weight_of(name) != name:
         return "optimizer state"
     if any(head in name for head in VALUE_HEADS):
         return "value head"
+    if name.endswith(BUFFERS):
+        return "buffer"
     return "counter" if name.rpartition(".")[2] in COUNTERS else None
 
 

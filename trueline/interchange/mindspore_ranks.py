@@ -10,19 +10,21 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from trueline.errors import UserError
 from trueline.interchange.mindspore_checkpoint import Stored, read_checkpoint, write_tensor
+from trueline.interchange.mindspore_names import weight_of
 from trueline.interchange.protobuf import BrokenMessage, Span, read_fields, read_integers, signed
 
 RANK = re.compile(r"rank_(\d+)")
+NUMBERED = re.compile(r"(.+)-(\d+)_(\d+)\.ckpt")
+"""`NAME-epoch_step.ckpt`, as MindSpore numbers what it saves."""
 Shape = tuple[int, ...]
-Axis = int | Literal["any"] | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def even_layout(dims: int, axis: int | None, parts: int, tensor: int, data: int)
     return Layout(cut, tuple(places))
 
 
-def find_layout(name: str, whole: Shape, piece: Shape, ranks: int, tensor: int, wanted: Axis) -> Layout:
+def find_layout(name: str, whole: Shape, piece: Shape, ranks: int, tensor: int, wanted: int | None) -> Layout:
     """The layout that makes `piece` of `whole`: at most one dimension cut, the `wanted` one, in a number of parts that divides `tensor`.
 
     An optimizer that is sharded too cuts other dimensions, or further; its order cannot be told from shapes.
@@ -52,28 +54,42 @@ def find_layout(name: str, whole: Shape, piece: Shape, ranks: int, tensor: int, 
     fits = len(whole) == len(piece) and all(part and full % part == 0 for full, part in zip(whole, piece, strict=True))
     axis = cut[0] if cut else None
     parts = whole[axis] // piece[axis] if fits and axis is not None else 1
-    if not fits or len(cut) > 1 or tensor % parts or ranks % tensor or (cut and wanted not in (axis, "any")):
+    if not fits or len(cut) > 1 or tensor % parts or ranks % tensor or (cut and wanted != axis):
         raise UserError(
             f"{name}: pieces {list(piece)} of {list(whole)} on {ranks} ranks, {tensor} of them for one copy, cannot be laid together; "
-            "check --model and --tensor-parallel, or give the strategy files with --strategy"
+            "check --model, or give the strategy files with --strategy"
         )
     return even_layout(len(whole), axis, parts, tensor, ranks // tensor)
 
 
-def rank_files(folder: Path) -> list[Path]:
-    """The checkpoint of each `rank_N`, from rank 0 without a gap."""
+def rank_files(folder: Path, pattern: str = "*.ckpt") -> list[Path]:
+    """The checkpoint of each `rank_N`, from rank 0 without a gap: the only one whose name fits `pattern`.
+
+    Of several that MindSpore numbered, all of one name, the newest that every rank has; any others are refused.
+    """
     found = {int(match[1]): path for path in folder.iterdir() if path.is_dir() and (match := RANK.fullmatch(path.name))}
     if sorted(found) != list(range(len(found))) or not found:
         there = ", ".join(f"rank_{rank}" for rank in sorted(found)[:8]) or "none"
         raise UserError(f"{folder}: folders {there}, expected rank_0, rank_1, ... without a gap")
-    files = []
-    for rank in range(len(found)):
-        inside = sorted(found[rank].glob("*.ckpt"))
-        if len(inside) != 1:
-            names = ", ".join(path.name for path in inside[:4]) or "none"
-            raise UserError(f"{found[rank]}: {len(inside)} .ckpt files ({names}), expected exactly one; move the others away")
-        files.append(inside[0])
-    return files
+    inside = [sorted(path for path in found[rank].glob("*.ckpt") if fnmatch(path.name, pattern)) for rank in range(len(found))]
+    if all(len(files) == 1 for files in inside):
+        return [files[0] for files in inside]
+    rank, files = max(enumerate(inside), key=lambda item: (not item[1], len(item[1])))
+    names = ", ".join(path.name for path in files[:6]) or f"none that fits {pattern}"
+    numbered = [{_moment(path): path for path in files if NUMBERED.fullmatch(path.name)} for files in inside]
+    titles = {path.name.rpartition("-")[0].replace(f"rank_{rank}", "rank_N") for rank, files in enumerate(inside) for path in files}
+    shared = set.intersection(*({*known} for known in numbered))
+    if len(titles) != 1 or not shared or any(len(known) != len(files) for known, files in zip(numbered, inside, strict=True)):
+        raise UserError(
+            f"{found[rank]}: {len(files)} .ckpt files ({names}), expected one, or NAME-epoch_step.ckpt of one NAME with an epoch and "
+            "step that every rank has; choose with --checkpoint 'PATTERN', for example --checkpoint '*-2_500.ckpt'"
+        )
+    return [known[max(shared)] for known in numbered]
+
+
+def _moment(path: Path) -> tuple[int, ...]:
+    """Epoch and step of a numbered file."""
+    return tuple(map(int, path.stem.rpartition("-")[2].split("_")))
 
 
 @dataclass(frozen=True)
@@ -81,18 +97,23 @@ class Pieces:
     """All ranks' files, opened; each tensor is laid together when it is asked for."""
 
     where: Path
+    files: list[Path]
     ranks: list[dict[str, Stored]]
     layouts: dict[str, Layout]
     """From strategy files; empty without them."""
 
     @staticmethod
-    def open(path: Path, strategy: Path | None) -> "Pieces":
-        files = [path] if path.is_file() else rank_files(path)
-        return Pieces(path, [read_checkpoint(file) for file in files], read_strategies(strategy) if strategy else {})
+    def open(path: Path, strategy: Path | None, pattern: str = "*.ckpt") -> "Pieces":
+        files = [path] if path.is_file() else rank_files(path, pattern)
+        return Pieces(path, files, [read_checkpoint(file) for file in files], read_strategies(strategy) if strategy else {})
 
-    def names(self) -> list[str]:
-        """Every tensor's name once, in the order of the first rank that has it."""
-        return list(dict.fromkeys(name for rank in self.ranks for name in rank))
+    def first(self) -> dict[str, Stored]:
+        """Every tensor's piece on the first rank that has it, by name."""
+        return {name: stored for rank in reversed(self.ranks) for name, stored in rank.items()}
+
+    def whole(self, name: str, piece: Shape) -> Shape:
+        """The shape of the tensor of a piece that is not cut, or as the strategy says."""
+        return tuple(size * part for size, part in zip(piece, self.layouts[name].parts, strict=True)) if name in self.layouts else piece
 
     def tensor_parallel(self, shapes: dict[str, Shape]) -> int:
         """The most parts that any tensor is cut into."""
@@ -102,20 +123,21 @@ class Pieces:
             counts.append(max(math.prod(whole), 1) // max(math.prod(piece), 1))
         return max(counts)
 
-    def read(self, name: str, whole: Shape, tensor: int, axis: Axis = "any") -> Tensor:
+    def read(self, name: str, whole: Shape, tensor: int, axis: int | None, weight: bool = True) -> Tensor:
         """The whole tensor. With pipeline stages only some ranks hold it; these are numbered among themselves."""
         where = f"{self.where}: {name}"
         held = [rank[name] for rank in self.ranks if name in rank]
         first = held[0]
         if any((piece.dtype, piece.shape) != (first.dtype, first.shape) for piece in held):
             raise UserError(f"{where} has other sizes or another type on some ranks")
-        if first.dtype is None or not first.dtype.is_floating_point:
+        if weight and (first.dtype is None or not first.dtype.is_floating_point):
             raise UserError(f"{where} is not floating point; quantised weights are not supported")
         if len(self.ranks) == 1:
             if first.shape != whole:
                 raise UserError(f"{where} is {list(first.shape)}, expected {list(whole)}; is it one rank's part, or another model's?")
             return first.read()
-        layout = self.layouts.get(name) or find_layout(where, whole, first.shape, len(held), min(tensor, len(held)), axis)
+        layout = self.layouts.get(name) or self.layouts.get(weight_of(name))
+        layout = layout or find_layout(where, whole, first.shape, len(held), min(tensor, len(held)), axis)
         if tuple(full // part for full, part in zip(whole, layout.parts, strict=False)) != first.shape or len(layout.places) != len(held):
             raise UserError(f"{where} is {list(first.shape)} on {len(held)} ranks; for {list(whole)} the strategy says otherwise")
         out = torch.empty(whole, dtype=first.dtype)
@@ -123,7 +145,7 @@ class Pieces:
         for rank, (piece, place) in enumerate(zip(held, layout.places, strict=True)):
             target, found = out[_slices(first.shape, place)], piece.read()
             if place in seen and not torch.equal(_raw(target), _raw(found)):
-                hint = "the folders are of different runs, or the layout is another one (--strategy, --tensor-parallel)"
+                hint = "the folders are of different runs, or the layout is another one (--strategy)"
                 raise UserError(f"{where} differs on rank {rank} from its copy on another rank: {hint}")
             target.copy_(found)
             seen.add(place)

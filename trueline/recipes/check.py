@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trueline.data.conversation import ROLES
-from trueline.data.files import PACKED, find_files, suffix
+from trueline.data.files import MINDRECORD, PACKED, find_files, suffix
 from trueline.data.formats import FileValues, Located, equal_note
 from trueline.data.lint import CONTROL, Findings, Lengths, Value, find_repeats
 from trueline.data.record import Problems
@@ -90,7 +90,7 @@ def check(
 
 def _check_file(console: Console, path: str, format: str, renderer: Renderer | None, problems: Problems, shown: Shown) -> Findings:
     before, equal = problems.count, list[str]()
-    values = FileValues[Any](path, format, problems, equal)
+    values = FileValues[Any](path, format, problems, equal, renderer.tokenizer if renderer else None)
     control = re.compile("|".join(map(re.escape, renderer.tokenizer.specials))) if renderer and renderer.tokenizer.specials else CONTROL
     findings, lengths = Findings(path, control), dict[str, Lengths]()
     for located in values:
@@ -178,8 +178,8 @@ def _repair_all(console: Console, paths: list[str], format: str, fix: str, quara
         raise UserError(f"--fix {fix}: one file for {len(paths)} files; name a folder")
     copies, left = [], list[str]()
     for path, name in zip(paths, _names(paths), strict=True):
-        if not suffix(path) or not Path(path).is_file():
-            left.append(f"{path}: expected a data file")
+        if suffix(path) in ("", MINDRECORD) or not Path(path).is_file():
+            left.append(f"{path}: expected a data file of text")
             continue
         out = Path(fix) if single else Path(fix) / name
         if out.exists() and out.samefile(path):
@@ -202,7 +202,7 @@ def _repair_all(console: Console, paths: list[str], format: str, fix: str, quara
 
 def _set_aside(console: Console, paths: list[str], format: str, quarantine: str) -> None:
     for path, name in zip(paths, _names(paths), strict=True):
-        if suffix(path) and Path(path).is_file():
+        if suffix(path) not in ("", MINDRECORD) and Path(path).is_file():
             done = repair(path, format, None, Path(quarantine) / name)
             if done.aside:
                 _say(console, f"{path}: {counted(done.aside, 'bad record')} copied to {Path(quarantine) / name}", "yellow")

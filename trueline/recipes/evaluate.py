@@ -19,6 +19,7 @@ from trueline.data.reader import read_records
 from trueline.data.record import Problems
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan
+from trueline.data.tokenizer import Tokenizer
 from trueline.errors import UserError
 from trueline.model.batch import pack, pack_pairs
 from trueline.model.heads import Scorer
@@ -92,7 +93,7 @@ def read_held_out(config: EvaluateConfig, opened: Opened) -> HeldOut:
         pairs = preference_pairs(*source, seed)
         held = HeldOut(pairs.held_out, [], [], pairs.notes)
     else:
-        answers = sft_samples(*source, seed) if file_use(config) != "prompt" else Prepared[Sample]([], [], [])
+        answers = sft_samples(*source, seed) if file_use(config, opened.text()) != "prompt" else Prepared[Sample]([], [], [])
         prompts = prompt_tokens(*source, config.sampling.max_new_tokens, seed) if config.generate else Prepared[TokenPrompt]([], [], [])
         held = HeldOut([], answers.held_out, prompts.held_out, list(dict.fromkeys(answers.notes + prompts.notes)))
     if not (held.pairs or held.answers or held.prompts):
@@ -121,10 +122,10 @@ def open_score(config: EvaluateConfig, policy: Opened | None, judge: Judged) -> 
         yield score
 
 
-def file_use(config: EvaluateConfig) -> str:
+def file_use(config: EvaluateConfig, tokenizer: Tokenizer) -> str:
     """What the first held-out file is made for: answers, pairs, or prompts alone."""
     file = find_files((config.data.eval or config.data.train)[:1])[0][0]
-    values = FileValues[Any](file, config.data.format, Problems(), [])  # its problems are told when all of it is read
+    values = FileValues[Any](file, config.data.format, Problems(), [], tokenizer)  # its problems are told when all of it is read
     next(iter(values), None)
     return values.use
 

@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from trueline.config.schema import GenerateConfig, ModelConfig, SamplingConfig
 from trueline.data.conversation import Conversation, Message
+from trueline.data.files import MINDRECORD, suffix
 from trueline.data.formats import load_prompts
 from trueline.data.reader import Problems, Record, read_records
 from trueline.data.stream import key
@@ -61,10 +62,11 @@ def _written_whole(target: Path) -> Iterator[TextIO]:
 
 def read_prompts(path: str, opened: Opened) -> list[tuple[Any, list[int]]]:
     """Each line's prompt as it was given, and its tokens."""
-    records = list(read_records([path]))
+    tokenizer = opened.text() if suffix(path) == MINDRECORD else None
+    records = list(read_records([path], tokenizer=tokenizer))
     if any("tokens" in record.value for record in records):
         return _token_lists(records, opened.folder.decoder_config.vocab_size)
-    found = load_prompts([path])
+    found = load_prompts([path], tokenizer=tokenizer)
     if not found:
         raise UserError(f"{path} holds no prompts; expected a line like " + '{"prompt": "..."}')
     render, tokenizer = opened.folder.family.render, opened.text()

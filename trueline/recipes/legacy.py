@@ -15,6 +15,7 @@ from trueline.config.source import write
 from trueline.errors import UserError
 from trueline.interchange import legacy_chatglm, legacy_glm4, legacy_mindrlhf
 from trueline.interchange.legacy import Conversion, Old, read_old, written
+from trueline.interchange.legacy_launch import MODEL_FILES
 from trueline.interchange.legacy_trainer import DEEPSPEED
 from trueline.train.run import write_whole
 
@@ -49,10 +50,12 @@ def convert(given: dict[str, list[Old]], scripts: str, files: str, devices: int,
     if any(name.startswith(("training_args.", "data_config.")) for name in rest):
         it = _conversion(legacy_glm4.TITLE, "sft", rest, model)
         legacy_glm4.convert(it, devices)
-    elif any(name.startswith("model.model_config.") for name in rest) or any(name in rest for name in legacy_mindrlhf.PPO_KEYS):
-        stage = legacy_mindrlhf.stage_of(rest)
+    elif any(name.startswith("model.model_config.") for name in rest) or any(
+        name in rest for name in (*legacy_mindrlhf.PPO_KEYS, *MODEL_FILES, "train_dataset")
+    ):
+        stage = legacy_mindrlhf.stage_of(rest, scripts)
         it = _conversion(legacy_mindrlhf.TITLES[stage], stage, rest, model)
-        legacy_mindrlhf.convert(it, devices, rest)
+        legacy_mindrlhf.convert(it, devices, rest, scripts)
     elif {"model_name_or_path", "dataset", "finetuning_type"} & set(rest):
         stage = legacy_chatglm.stage_of(rest, scripts)
         it = _conversion(legacy_chatglm.TITLE, stage, rest, model)
@@ -61,6 +64,8 @@ def convert(given: dict[str, list[Old]], scripts: str, files: str, devices: int,
         raise UserError(
             f"{files}: a DeepSpeed configuration alone; {DEEPSPEED}. Give it beside the training configuration, or leave it out"
         )
+    elif legacy_chatglm.registered(rest):
+        raise UserError(f"{files}: a registry of data sets alone; give it beside the command or the JSON file that names one of them")
     else:
         raise UserError(f"{files}: {LOOKED_FOR}")
     it.dropped += [(old, DEEPSPEED) for olds in beside.values() for old in olds]

@@ -65,7 +65,7 @@ def sft_samples(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: in
         return family.render(conversation, tokenizer, last_only=data.train_on == "last")
 
     def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Conversation]]:
-        return iter_conversations([path], data.format, problems)
+        return iter_conversations([path], data.format, problems, tokenizer)
 
     facts = _facts("answer", data, family, tokenizer) | {"train_on": data.train_on}
     return _prepare(data, seed, _source("sample", read, render, _cut_sample, data.max_length, data, tokenizer, facts))
@@ -82,7 +82,7 @@ def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, see
         return Pair(*sides)
 
     def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Preference]]:
-        return iter_preferences([path], data.format, data.ranked, problems, equal)
+        return iter_preferences([path], data.format, data.ranked, problems, equal, tokenizer)
 
     facts = _facts("pair", data, family, tokenizer) | {"ranked": data.ranked}
     return _prepare(data, seed, _source("pair", read, render, _cut_pair, data.max_length, data, tokenizer, facts))
@@ -101,7 +101,7 @@ def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_ne
         return TokenPrompt(family.render(prompt.conversation, tokenizer, open=True).tokens, prompt)
 
     def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Prompt]]:
-        return iter_prompts([path], data.format, problems)
+        return iter_prompts([path], data.format, problems, tokenizer)
 
     def no_cut(item: TokenPrompt, room: int) -> TokenPrompt | None:
         return None

@@ -8,7 +8,6 @@ each follow their length (u64, big-endian), unless there is only one. Arrays of 
 import json
 import mmap
 import os
-import re
 import sqlite3
 import struct
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ import numpy as np
 from trueline.errors import UserError
 
 ARRAYS = {"int32": "<i4", "int64": "<i8", "float32": "<f4", "float64": "<f8"}
+NUMBER = "number"
 HEADER_BYTES, PAGE_BYTES = 1 << 24, 1 << 25  # MindSpore's own defaults; the unused parts are holes
 INDEX = "ROW_ID PAGE_ID_RAW PAGE_OFFSET_RAW PAGE_OFFSET_RAW_END ROW_GROUP_ID PAGE_ID_BLOB PAGE_OFFSET_BLOB PAGE_OFFSET_BLOB_END".split()
 Row = dict[str, Any]
@@ -50,11 +50,6 @@ class _Shard:
         return spans
 
 
-def is_mindrecord(path: Path) -> bool:
-    """Whether the name is that of a MindRecord file or of one of its shards."""
-    return re.fullmatch(r"\.mindrecord\d*", path.suffix) is not None
-
-
 def read_mindrecord(path: str | Path) -> Iterator[Row]:
     """The records of a file and of the other shards its header names, in order.
 
@@ -63,19 +58,28 @@ def read_mindrecord(path: str | Path) -> Iterator[Row]:
     first = Path(path)
     if not first.is_file() and first.with_name(first.name + "0").is_file():
         first = first.with_name(first.name + "0")
-    names = [first.name]
     opened = _open(first)
-    if len(addresses := opened.header.get("shard_addresses") or names) > 1:
-        names = [Path(str(name)).name for name in addresses]  # only beside this file, wherever they lay when they were written
-    for name in names:
-        file = first.with_name(name)
-        shard = opened if name == first.name else _open(file)
-        if shard.columns != opened.columns:
+    for file in _shards(first, opened):
+        if _open(file).columns != opened.columns:
             raise UserError(f"{file}: other columns than {first.name}, expected shards of one data set")
-        try:
-            yield from _rows(shard)
-        except (_Broken, KeyError, TypeError, ValueError, IndexError, struct.error, RecursionError) as problem:
-            raise UserError(f"{file}: damaged MindRecord file ({problem}); copy it again") from None
+        yield from read_shard(file)
+
+
+def read_shard(path: Path) -> Iterator[Row]:
+    """The records of one file alone, when the others its header names are beside it."""
+    opened = _open(path)
+    if gone := [file.name for file in _shards(path, opened) if not file.is_file()]:
+        raise UserError(f"{path}: one of {len(_shards(path, opened))} shards, of which {gone[0]} is not beside it; copy it there")
+    try:
+        yield from _rows(opened)
+    except (_Broken, KeyError, TypeError, ValueError, IndexError, struct.error, RecursionError) as problem:
+        raise UserError(f"{path}: damaged MindRecord file ({problem}); copy it again") from None
+
+
+def _shards(path: Path, opened: _Shard) -> list[Path]:
+    """The files of the data set: only beside this one, wherever they lay when they were written."""
+    addresses = opened.header.get("shard_addresses") or []
+    return [path.with_name(Path(str(name)).name) for name in addresses] if len(addresses) > 1 else [path]
 
 
 def _open(path: Path) -> _Shard:
@@ -179,14 +183,17 @@ def _compress(values: np.ndarray) -> bytes:
 
 
 def write_mindrecord(path: Path, columns: dict[str, str], rows: Iterable[Row], shards: int = 1, about: str = "trueline") -> int:
-    """Writes flat arrays, `columns` being name -> int32, int64, float32 or float64; returns the number of records.
+    """Writes flat arrays and numbers, `columns` being name -> int32, int64, float32, float64, or "number" for one int64.
+
+    Returns the number of records.
 
     One file, or `shards` of them with their number at the end of the name (record i is in shard i % shards), each with its index
     `NAME.db`. All have their names only when all are complete.
     """
-    if unknown := {kind for kind in columns.values() if kind not in ARRAYS}:
-        raise ValueError(f"column types {unknown}, expected {', '.join(ARRAYS)}")
-    names = [path.name] if shards == 1 else [f"{path.name}{number}" for number in range(shards)]
+    if unknown := {kind for kind in columns.values() if kind not in (*ARRAYS, NUMBER)}:
+        raise ValueError(f"column types {unknown}, expected {', '.join(ARRAYS)} or {NUMBER}")
+    width = len(str(shards - 1))  # as MindSpore names them
+    names = [path.name] if shards == 1 else [f"{path.name}{number:0{width}}" for number in range(shards)]
     finals = [path.with_name(name) for name in names]
     if there := [file for final in finals for file in (final, final.with_name(f"{final.name}.db")) if file.exists()]:
         raise UserError(f"{there[0]}: is already there; name another file, or remove this one first")
@@ -210,10 +217,13 @@ def write_mindrecord(path: Path, columns: dict[str, str], rows: Iterable[Row], s
 
 
 class _Writer:
-    """One file on its way: blob rows go to the open page, raw rows are written at the end, being all alike."""
+    """One file on its way: blob rows go to the open page, raw rows are written at the end, being all of one length."""
 
     def __init__(self, place: Path, columns: dict[str, str]):
-        self.place, self.columns = place, columns
+        self.place = place
+        self.columns = {name: kind for name, kind in columns.items() if kind != NUMBER}
+        self.numbers = [name for name in columns if name not in self.columns]
+        self.raws: list[bytes] = []
         self.file = place.open("wb")
         self.blob_pages: list[list[int]] = []  # first row, last row + 1, bytes
         self.offsets: list[tuple[int, int, int]] = []  # page, begin and end of each blob row
@@ -239,22 +249,25 @@ class _Writer:
         self.file.seek(HEADER_BYTES + (len(self.blob_pages) - 1) * PAGE_BYTES + page[2])
         self.file.write(data)
         self.offsets.append((len(self.blob_pages) - 1, page[2], page[2] + len(data)))
+        raw = b"".join(_packed(name) + b"\xd3" + struct.pack(">q", row[name]) for name in self.numbers)
+        raw = bytes([0x80 | len(self.numbers)]) + raw if raw else b"\x81\xa2id\x00"  # {"id": 0}: what a row without numbers holds
+        self.raws.append(struct.pack("<Q", len(raw)) + raw)
         page[1], page[2] = page[1] + 1, page[2] + len(data)
 
     def finish(self, shard: int, names: list[str], about: str) -> None:
-        raw = b"\x81\xa2id\x00"  # {"id": 0}: what a row without single values holds
-        raw = struct.pack("<Q", len(raw)) + raw
-        per_page = PAGE_BYTES // len(raw)
+        length = len(self.raws[0]) if self.raws else 1
+        per_page = PAGE_BYTES // length
         pages = [_page(i, "BLOB_DATA", i, shard, size, first, last) for i, (first, last, size) in enumerate(self.blob_pages)]
         index = []
         for start in range(0, len(self.offsets), per_page):
             rows = self.offsets[start : start + per_page]
             number = len(pages)
             self.file.seek(HEADER_BYTES + number * PAGE_BYTES)
-            self.file.write(raw * len(rows))
-            pages.append(_page(number, "RAW_DATA", start // per_page, shard, len(raw) * len(rows), 0, 0))
-            index += [(start + i, number, i * len(raw), (i + 1) * len(raw), page, page, a, b) for i, (page, a, b) in enumerate(rows)]
-        schema = {name: {"shape": [-1], "type": kind} for name, kind in self.columns.items()}
+            self.file.write(b"".join(self.raws[start : start + per_page]))
+            pages.append(_page(number, "RAW_DATA", start // per_page, shard, length * len(rows), 0, 0))
+            index += [(start + i, number, i * length, (i + 1) * length, page, page, a, b) for i, (page, a, b) in enumerate(rows)]
+        schema: dict[str, Any] = {name: {"shape": [-1], "type": kind} for name, kind in self.columns.items()}
+        schema |= {name: {"type": "int64"} for name in self.numbers}
         header = {
             "compression_size": self.saved, "header_size": HEADER_BYTES, "index_fields": None, "page": pages, "page_size": PAGE_BYTES,
             "schema": [{"blob_fields": list(self.columns), "desc": about, "schema": schema}], "shard_addresses": names, "shard_id": shard,
@@ -281,6 +294,12 @@ def _page(number: int, kind: str, of_kind: int, shard: int, size: int, first: in
         "end_row_id": last, "page_id": number, "page_size": size, "page_type": kind, "page_type_id": of_kind,
         "row_group_ids": [{"id": 0, "offset": 0}], "shard_id": shard, "start_row_id": first,
     }  # fmt: skip
+
+
+def _packed(name: str) -> bytes:
+    """A short text in msgpack."""
+    raw = name.encode()
+    return bytes([0xA0 | len(raw)]) + raw
 
 
 def _unpack(data: bytes, at: int) -> tuple[Any, int]:

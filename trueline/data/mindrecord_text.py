@@ -1,35 +1,52 @@
 """MindRLHF's token columns to records of text and back. One rule: padding is told by the masks, never by a pad id.
 
-Left out: experience files (the rollouts of one model), and the reference's log-probabilities of DPO files, which nothing ties to a model.
+Left out: experience files (the rollouts of one model). The reference's log-probabilities of DPO files are written, but not read: nothing
+ties them to a model.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from trueline.data.mindrecord import NUMBER, read_shard
+from trueline.data.record import Problems, Record
+from trueline.data.sample import Pair
 from trueline.data.tokenizer import Tokenizer
 from trueline.errors import UserError
 
 Row = dict[str, Any]
 PROMPTS = {"prompt_ids": "int64", "pretrain_ids": "int64", "loss_mask": "int64"}
-_PAIRS = {f"{side}_{part}" for side in ("chosen", "rejected") for part in ("input_ids", "attention_mask")}
-_DPO = _PAIRS | {f"{side}_loss_mask" for side in ("chosen", "rejected")}
+_SIDES = ("chosen", "rejected")
+DPO = {f"{side}_{part}": "int32" for side in _SIDES for part in ("input_ids", "labels", "attention_mask", "loss_mask")}
+DPO |= {f"{side}_ref_logps": "float32" for side in _SIDES}
+_PAIRS = {f"{side}_{part}": "int32" for side in _SIDES for part in ("input_ids", "attention_mask")}
+REWARD = {**_PAIRS, "position_id": "int32", "loss_mask": "int32", "end_ind": NUMBER}
 _ROLES = ("system", "user", "assistant", "observation")
 
 
-def texts(rows: Iterable[Row], tokenizer: Tokenizer, where: str) -> Iterator[dict[str, Any]]:
+def read_tokens(path: str, problems: Problems, tokenizer: Tokenizer | None) -> Iterator[Record]:
     """Each record as text: `prompt` and `response`, or a prompt with `chosen` and `rejected`. The first record's columns tell the kind."""
+    if tokenizer is None:
+        convert = f"`trueline convert {path} OUT.jsonl --model DIR`"
+        problems.add(path, f"token ids, which only their model's tokenizer can read, expected text or a model; {convert} makes text of it")
+        return
     read: Callable[[Row, Tokenizer], dict[str, Any]] | None = None
-    for number, row in enumerate(rows, start=1):
+    try:
+        for number, row in enumerate(read_shard(Path(path)), start=1):
+            if read is None:
+                needed, read = _reader(row)
+            try:
+                if odd := next((name for name in needed if getattr(row.get(name), "ndim", 0) != 1), None):
+                    raise ValueError(f"{odd} is no list of token ids")
+                yield Record(path, number, read(row, tokenizer))
+            except ValueError as problem:
+                problems.add(f"{path}:{number}", str(problem), record=(path, number, 1))
         if read is None:
-            read = _reader(row.keys(), where)
-        try:
-            yield read(row, tokenizer)
-        except ValueError as problem:
-            raise UserError(f"{where}: record {number}: {problem}") from None
-    if read is None:
-        raise UserError(f"{where}: no records")
+            problems.add(path, "no records, expected at least one")
+    except UserError as problem:
+        problems.add(path, str(problem).removeprefix(f"{path}: "))
 
 
 def prompt_row(prompt: list[int], whole: list[int], trained: list[bool], prompt_length: int, length: int, pad: int) -> Row:
@@ -39,23 +56,57 @@ def prompt_row(prompt: list[int], whole: list[int], trained: list[bool], prompt_
     """
     if len(prompt) > prompt_length or len(whole) > length:
         raise ValueError(f"prompt of {len(prompt)} tokens, {len(whole)} in all; expected at most {prompt_length} and {length}")
-    columns = (prompt, prompt_length, pad), (whole, length, pad), ([int(t) for t in trained], length, 0)
-    return {name: np.array(ids + [fill] * (size - len(ids))) for name, (ids, size, fill) in zip(PROMPTS, columns, strict=True)}
+    columns = (_padded(prompt, prompt_length, pad), _padded(whole, length, pad), _padded(trained, length))
+    return dict(zip(PROMPTS, columns, strict=True))
 
 
-def _reader(columns: Iterable[str], where: str) -> Callable[[Row, Tokenizer], dict[str, Any]]:
+def dpo_row(pair: Pair, length: int, pad: int) -> Row:
+    """Eight of MindRLHF's ten columns (`reference_columns` has the others). ValueError as in `prompt_row`."""
+    row = _both_sides(pair, length, pad)
+    for side, sample in zip(_SIDES, (pair.chosen, pair.rejected), strict=True):
+        row |= {f"{side}_labels": row[f"{side}_input_ids"], f"{side}_loss_mask": _padded(sample.trained, length)}
+    return row
+
+
+def reference_columns(*sums: float) -> Row:
+    """The reference's log-probability of each answer, summed over its tokens (chosen, rejected)."""
+    return {f"{side}_ref_logps": np.array([value], np.float32) for side, value in zip(_SIDES, sums, strict=True)}
+
+
+def reward_row(pair: Pair, length: int, pad: int) -> Row:
+    """MindRLHF's seven columns; compared are the tokens from the first that differs to the end of the longer side (`end_ind`)."""
+    sides = pair.chosen.tokens, pair.rejected.tokens
+    start = next((i for i, (a, b) in enumerate(zip(*sides, strict=False)) if a != b), min(map(len, sides)))
+    end = max(map(len, sides))
+    mask = _padded([0] * start + [1] * (end - start), max(length, end))
+    return {**_both_sides(pair, length, pad), "position_id": np.arange(length), "loss_mask": mask, "end_ind": end}
+
+
+def _both_sides(pair: Pair, length: int, pad: int) -> Row:
+    row: Row = {}
+    for side, sample in zip(_SIDES, (pair.chosen, pair.rejected), strict=True):
+        if len(sample) > length:
+            raise ValueError(f"{side} of {len(sample)} tokens with its prompt; expected at most {length}")
+        row[f"{side}_input_ids"] = _padded(sample.tokens, length, pad)
+        row[f"{side}_attention_mask"] = _padded([1] * len(sample), length)
+    return row
+
+
+def _padded(values: Sequence[int], length: int, fill: int = 0) -> "np.ndarray[Any, Any]":
+    return np.array([*values, *[fill] * (length - len(values))], np.int64)
+
+
+def _reader(columns: Iterable[str]) -> tuple[list[str], Callable[[Row, Tokenizer], dict[str, Any]]]:
+    """The columns that are needed, and what reads them."""
     there = set(columns)
-    if PROMPTS.keys() <= there:
-        return _prompt
-    if there >= _DPO:
-        return _dpo
-    if there >= _PAIRS:
-        return _pair
+    masked = [*_PAIRS, *(f"{side}_loss_mask" for side in _SIDES)]
+    for needed, read in (([*PROMPTS], _prompt), (masked, _dpo), ([*_PAIRS], _pair)):
+        if there.issuperset(needed):
+            return needed, read
     if {"query_tensors", "response_tensors"} <= there:
-        raise UserError(f"{where}: an experience file, which holds the rollouts of one model; PPO makes its own")
+        raise UserError("an experience file, which holds the rollouts of one model; PPO makes its own")
     raise UserError(
-        f"{where}: columns {', '.join(sorted(there))}; expected MindRLHF's prompts ({', '.join(PROMPTS)}) or pairs "
-        "(chosen_input_ids, chosen_attention_mask, rejected_input_ids, rejected_attention_mask)"
+        f"columns {', '.join(sorted(there))}; expected MindRLHF's prompts ({', '.join(PROMPTS)}) or pairs ({', '.join(_PAIRS)})"
     )
 
 
