@@ -81,6 +81,8 @@ def check(peer: Path, config: PpoStageConfig, roles: Roles, scores: Any) -> dict
         "values": torch.stack([e.values[PPO_PROMPT:] for e in found]),
         "scores": torch.tensor([e.score for e in found]),
     }
+    if not all(x.any() for x in ours.values()):
+        raise RuntimeError(f"a column is zero everywhere, so its comparison would say nothing: {ours}")
     return {name: float((theirs[name] - x).abs().max()) for name, x in ours.items()}
 
 
