@@ -151,7 +151,7 @@ class Runner:
         if not line:
             self.process.wait()
             self.errors.seek(0)
-            said = [text for text in self.errors.read().splitlines() if text.strip()] or ["nothing said"]
+            said = [text for text in self.errors.read().splitlines() if text.strip() and "it/s]" not in text] or ["nothing said"]
             print("\n".join(said[-20:]), file=sys.stderr)
             raise Unavailable(said[-1][:160])
         self.readings.append(json.loads(line))
@@ -228,16 +228,21 @@ def measure(group: Group, place: Path, given: argparse.Namespace) -> list[Row]:
         for runner in runners.values():
             runner.close()
     records = draw_records(given.steps * SIZE, group.vocabulary)
-    return [row(group, mine, peer, runners, reasons, records) for mine in group.ours for peer in group.theirs]
+    absent = [Row(f"{group.name}, {side.name}", "-", not_run(reasons[side])) for side in group.ours if side in reasons]
+    pairs = [(mine, peer) for mine in group.ours if mine not in reasons for peer in group.theirs]
+    return [row(group, mine, peer, runners, reasons, records) for mine, peer in pairs] + absent
+
+
+def not_run(reason: str, target: str = "-") -> tuple[str, ...]:
+    return "-", "-", f"not run: {reason}".replace("|", "/"), "-", "-", target, time.strftime("%Y-%m-%d")
 
 
 def row(
     group: Group, mine: Side, peer: Side, runners: dict[Side, Runner], reasons: dict[Side, str], records: list[dict[str, list[int]]]
 ) -> Row:
     case, target, today = f"{group.name}, {mine.name}", group.targets.get(peer.name, "-"), time.strftime("%Y-%m-%d")
-    for side in (mine, peer):
-        if side in reasons:
-            return Row(case, peer.name, ("-", "-", f"not run: {reasons[side]}".replace("|", "/"), "-", "-", target, today))
+    if peer in reasons:
+        return Row(case, peer.name, not_run(reasons[peer], target))
     ours_read, peer_read = runners[mine].readings, runners[peer].readings
     versions = peer_read[0]["versions"]
     version = next((f" {versions[name]}" for name in ("trl", "llamafactory", "transformers") if name in versions), "")

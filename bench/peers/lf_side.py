@@ -27,7 +27,7 @@ from llamafactory.train.tuner import run_exp  # noqa: E402
 from sides import SIZE, serve  # noqa: E402
 from transformers import PreTrainedTokenizerFast, TrainerCallback  # noqa: E402
 
-ROW = 2048
+ROW = 2047  # it adds one token, and fails on a row that is then no multiple of 8
 
 
 class Clock(TrainerCallback):
@@ -64,12 +64,13 @@ def write_folder(model: Path, records: list[dict[str, list[int]]], folder: Path)
 
     shutil.copytree(model, folder / "model", dirs_exist_ok=True)
     size = json.loads((model / "config.json").read_text())["vocab_size"]
-    made = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, "w0"))
+    words = ["<pad>", "<end>", *(f"w{i}" for i in range(2, size))]  # special tokens are found inside words too
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w1").save_pretrained(folder / "model")
+    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<end>").save_pretrained(folder / "model")
 
     def text(tokens: list[int]) -> str:
-        return " ".join(f"w{i}" for i in tokens)
+        return " ".join(words[i] for i in tokens)
 
     rows = [{"instruction": text(r["prompt"]), "input": "", "output": text(r["chosen"])} for r in records]
     (folder / "bench.json").write_text(json.dumps(rows))
@@ -109,6 +110,7 @@ def train(folder: Path, lora: bool, steps: int, pack_of: int, row: int) -> dict[
     }
     if lora:
         settings |= {"lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target": "q_proj,k_proj,v_proj,o_proj"}
+    shutil.rmtree(folder / "out", ignore_errors=True)
     clock, tokens = Clock(), []
     original = workflow.SFTDataCollatorWith4DAttentionMask
     workflow.SFTDataCollatorWith4DAttentionMask = counting(original, tokens)
@@ -131,7 +133,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     write_folder(given.model, records, folder)
     sizes = [len(r["prompt"]) + len(r["chosen"]) for r in records]
-    widest = max(sum(sizes[i : i + SIZE]) for i in range(0, len(sizes), SIZE))
+    widest = (max(sum(sizes[i : i + SIZE]) for i in range(0, len(sizes), SIZE)) // 8 + 2) * 8 - 1
     losses: list[float] = []
 
     def run() -> dict[str, Any]:
