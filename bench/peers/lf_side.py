@@ -27,7 +27,7 @@ from llamafactory.train.tuner import run_exp  # noqa: E402
 from sides import SIZE, serve  # noqa: E402
 from transformers import PreTrainedTokenizerFast, TrainerCallback  # noqa: E402
 
-ROW = 2047  # it adds one token, and fails on a row that is then no multiple of 8
+ROW = 2048  # rows have to be multiples of 8: it pads the tokens to that, but not their positions
 
 
 class Clock(TrainerCallback):
@@ -133,7 +133,7 @@ def main() -> None:
     folder.mkdir(exist_ok=True)
     write_folder(given.model, records, folder)
     sizes = [len(r["prompt"]) + len(r["chosen"]) for r in records]
-    widest = (max(sum(sizes[i : i + SIZE]) for i in range(0, len(sizes), SIZE)) // 8 + 2) * 8 - 1
+    widest = (max(sum(sizes[i : i + SIZE]) for i in range(0, len(sizes), SIZE)) // 8 + 2) * 8
     losses: list[float] = []
 
     def run() -> dict[str, Any]:
