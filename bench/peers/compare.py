@@ -129,7 +129,7 @@ class Runner:
     def __init__(self, side: Side, place: Path, given: argparse.Namespace):
         python = Path(sys.executable) if not side.environment else given.environments[side.environment] / "bin" / "python"
         if not python.exists():
-            raise Unavailable(f"no environment {given.environments[side.environment]}")
+            raise Unavailable(f"no environment for {side.environment}; name one with --environment {side.environment}=DIR")
         settings = {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         settings |= {"TRL_EXPERIMENTAL_SILENCE": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
         self.errors = tempfile.TemporaryFile("w+")
@@ -264,7 +264,7 @@ def machine(threads: int) -> str:
     return f"{found.group(1) if found else platform.processor()}, {threads} threads, Python {platform.python_version()}"
 
 
-def write(rows: list[Row], given: argparse.Namespace, page: Path = PAGE) -> None:
+def write(rows: list[Row], given: argparse.Namespace, page: Path) -> None:
     """Puts the rows into the page's table; rows of other cases stay."""
     text = page.read_text("utf-8")
     before, found, rest = text.partition(BEGIN)
@@ -319,7 +319,7 @@ def main() -> None:
     print("\n" + HEAD + "\n" + "|---" * HEAD.count(" | ") + "|---|")
     print("\n".join(r.line() for r in rows))
     if given.write:
-        write(rows, given)
+        write(rows, given, PAGE)
 
 
 if __name__ == "__main__":
