@@ -264,24 +264,17 @@ def machine(threads: int) -> str:
     return f"{found.group(1) if found else platform.processor()}, {threads} threads, Python {platform.python_version()}"
 
 
-def write(rows: list[Row], given: argparse.Namespace, page: Path) -> None:
-    """Puts the rows into the page's table; rows of other cases stay."""
+def write(rows: list[Row], measured: list[str], given: argparse.Namespace, page: Path) -> None:
+    """Puts the rows of the measured groups into the page's table, in place of theirs; rows of other groups stay."""
     text = page.read_text("utf-8")
     before, found, rest = text.partition(BEGIN)
     old, end, after = rest.partition(END)
     if not found or not end:
         sys.exit(f"{page} has no lines {BEGIN} and {END}")
-    new = {(r.case, r.beside.split()[0], r.beside.partition(", ")[2]): r.line() for r in rows}
-    lines = {}
-    for line in old.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if line.startswith("| ") and len(cells) > 8 and cells[0] != "case":
-            lines[cells[0], cells[1].split()[0], cells[1].partition(", ")[2]] = line
-    lines |= new
-    names = [group.name for group in GROUPS]
-    ordered = sorted(lines, key=lambda key: next((i for i, name in enumerate(names) if key[0].startswith(name)), len(names)))
+    lines = {name: [line for line in old.splitlines() if line.startswith(f"| {name}, ")] for name in (group.name for group in GROUPS)}
+    lines |= {name: [r.line() for r in rows if r.case.startswith(f"{name}, ")] for name in measured}
     command = f"`python bench/peers/compare.py --runs {given.runs} --steps {given.steps}`, {machine(given.threads)}:"
-    table = "\n".join([command, "", HEAD, "|---" * HEAD.count(" | ") + "|---|", *(lines[key] for key in ordered)])
+    table = "\n".join([command, "", HEAD, "|---" * HEAD.count(" | ") + "|---|", *(line for found in lines.values() for line in found)])
     page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", "utf-8")
 
 
@@ -319,7 +312,7 @@ def main() -> None:
     print("\n" + HEAD + "\n" + "|---" * HEAD.count(" | ") + "|---|")
     print("\n".join(r.line() for r in rows))
     if given.write:
-        write(rows, given, PAGE)
+        write(rows, [group.name for group in groups], given, PAGE)
 
 
 if __name__ == "__main__":
