@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from sides import SIZE, serve
 
-from trueline.config.schema import AdapterConfig, DpoConfig, MeshConfig, ModelConfig, OptimizerConfig, RankingConfig
+from trueline.config.load import from_any
+from trueline.config.schema import AdapterConfig, DpoConfig, MeshConfig, ModelConfig, OptimizerConfig, RankingConfig, SftConfig
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import plan
 from trueline.model.batch import pack, pack_pairs
 from trueline.model.heads import LanguageModel
 from trueline.parallel.world import start_alone
-from trueline.recipes.assemble import make_scorer, open_model, train_role
+from trueline.recipes.assemble import make_scorer, open_model, settle_dtype, train_role
 from trueline.recipes.dpo import Judged, count_items, dpo_objective, pack_judged
 from trueline.recipes.reference import pair_logprobs
 from trueline.recipes.reward import count_pairs, ranking_objective
@@ -36,7 +37,10 @@ def sample(record: dict[str, list[int]], side: str = "chosen") -> Sample:
 
 def train(given: argparse.Namespace, records: list[dict[str, list[int]]]) -> dict[str, Any]:
     world = start_alone(MeshConfig())
-    opened = open_model(ModelConfig(path=given.model, dtype=given.dtype), 0, with_head=given.stage != "reward")
+    sections = {"model": {"path": given.model, "dtype": given.dtype}, "data": {"train": ["none"]}}
+    sections |= {"run": {"output": given.records + ".run", "steps": 1}}
+    dtype = settle_dtype(from_any(SftConfig, sections)).model.dtype  # what `auto` means is the stages' own rule
+    opened = open_model(ModelConfig(path=given.model, dtype=dtype), 0, with_head=given.stage != "reward")
     role, parameters = train_role(opened, AdapterConfig(kind="lora" if given.lora else "full"), "policy", 0)
     model = LanguageModel(opened.decoder, role)
     began = time.perf_counter()
@@ -66,7 +70,6 @@ def train(given: argparse.Namespace, records: list[dict[str, list[int]]]) -> dic
         # a reference pass belongs to each step of an online comparison
         seconds.append(time.perf_counter() - began + (prepared / steps if given.online else 0.0))
         losses.append(values["loss"])
-    dtype = str(opened.decoder.embed.weight.dtype).removeprefix("torch.")
     return {"seconds": seconds, "losses": losses, "dtype": dtype, "versions": {"torch": torch.__version__}}
 
 
