@@ -9,7 +9,7 @@ USABLE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < 
 FIND_PYTHON = for p in $(CANDIDATES); do if $$p -c "$(USABLE)" > /dev/null 2>&1; then echo $$p; break; fi; done
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 MEASUREMENTS = $(sort $(wildcard bench/*.py))
-PEERS := .venv-peers
+PEERS := .venv-peers .venv-peers-ppo .venv-peers-lf
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint frozen parity bench bench-peers
@@ -56,10 +56,16 @@ bench: $(READY) ## measure trueline; JSON lines
 	@test -n "$(MEASUREMENTS)" || { echo "no measurements in bench/" >&2; exit 1; }
 	@set -e; for file in $(MEASUREMENTS); do echo "# $$file" >&2; $(BIN)/python $$file; done
 
-bench-peers: $(READY) $(PEERS)/.ready ## measure trueline beside TRL, in an environment of its own; JSON lines and a table
-	$(BIN)/python bench/peers/compare.py --environment $(PEERS)
+bench-peers: $(READY) ## measure trueline beside TRL, transformers and LLaMA-Factory; JSON lines and a table
+	-$(MAKE) --keep-going $(PEERS:=/.ready)
+	$(BIN)/python bench/peers/compare.py
 
-$(PEERS)/.ready: bench/peers/requirements.txt
-	$(BIN)/python -m venv --clear $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --requirement bench/peers/requirements.txt
+# a peer that cannot be installed is left out, and the table says so
+.venv-peers/.ready: bench/peers/requirements.txt
+.venv-peers-ppo/.ready: bench/peers/requirements-ppo.txt
+.venv-peers-lf/.ready: bench/peers/requirements-lf.txt
+$(PEERS:=/.ready): $(READY)
+	$(BIN)/python -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --requirement $(filter %.txt,$^) \
+		|| { rm -rf $(@D); exit 1; }
 	@touch $@

@@ -1,115 +1,318 @@
-"""trueline beside TRL on the same model, records and step size. One rule: equal losses first, then alternating runs.
+"""trueline beside other programs on the same model, records and step size. One rule: equal numbers first, then alternating runs.
 
-`python bench/peers/compare.py --environment DIR [--rounds N] [--steps N] [--threads N] [--only NAME]`; `make bench-peers` makes the
-environment (TRL 1.16) and calls this. Prints a JSON line for each reading and ends with a table: tokens per second of the steps after the
-first, the median and the spread over rounds.
+`python bench/peers/compare.py [--environment NAME=DIR ...] [--only GROUP ...] [--runs N] [--steps N] [--threads N] [--write]`;
+`make bench-peers` makes the environments and calls this. Every side of a group stays open in a process of its own, and they run in turns.
+Prints a JSON line for each reading and ends with a table: tokens per second of the steps after the first (medians over the runs), their
+ratio with the smallest and the largest that any two runs give, and most memory. A ratio whose range holds 1 is within the spread: no claim.
+`--write` puts the rows into docs/benchmarks.md.
 """
 
 import argparse
 import json
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from material import SIZES, draw_records, write_model, write_records
+from material import draw_records, write_model, write_records, write_scorer
+from sides import PPO, PUBLISHED, SIZE, SIZES
 
-HERE = Path(__file__).parent
-SIZE = 8
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent.parent / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- peers: written by compare.py -->", "<!-- peers end -->"
+HEAD = "| case | beside | trueline, tokens/s | peer, tokens/s | ratio (range) | peak MB, trueline | peak MB, peer | must / goal | date |"
 EQUAL = 2e-5  # relative, on the losses of the first two steps, float32
+NEAR = 2e-2  # the same for bfloat16
+PPO_EQUAL = 1e-4  # absolute, on log-probabilities, values and scores
+ENVIRONMENTS = {"trl": ".venv-peers", "ppo": ".venv-peers-ppo", "lf": ".venv-peers-lf"}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One comparison: what each side is called with. `exact`: both compute in float32, so the losses must be equal."""
+class Side:
+    """Who runs: a script with its arguments, in trueline's own environment or a peer's. `{place}` is the folder of models and records."""
 
     name: str
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    exact: bool = True
+    script: str
+    arguments: tuple[str, ...]
+    environment: str = ""
+    near: bool = False  # bfloat16: equal to `NEAR` only
 
 
-CASES = (
-    Case("sft full", ("sft",), ("sft",)),
-    Case("sft lora", ("sft", "--lora"), ("sft", "--lora")),
-    Case("sft full, batches of 1", ("sft",), ("sft", "--batch", "1", "--no-checkpointing")),
-    Case("reward", ("reward",), ("reward",)),
-    Case("reward, batches of 1", ("reward",), ("reward", "--batch", "1", "--no-checkpointing")),
-    Case("dpo, reference in every step", ("dpo", "--online"), ("dpo",)),
-    Case("dpo, reference before", ("dpo",), ("dpo", "--precompute")),
-    Case("dpo, reference in every step, batches of 1", ("dpo", "--online"), ("dpo", "--batch", "1", "--no-checkpointing")),
-    Case("sft full, ours in auto", ("sft", "--dtype", "auto"), ("sft",), exact=False),
-    Case("sft full, both in bfloat16", ("sft", "--dtype", "bfloat16"), ("sft", "--bfloat16"), exact=False),
+@dataclass(frozen=True)
+class Group:
+    """Sides that run in turns: `ours` beside every one of `theirs`. `targets` names what is wanted of a ratio: must / goal."""
+
+    name: str
+    ours: tuple[Side, ...]
+    theirs: tuple[Side, ...]
+    stage: str = "sft"
+    vocabulary: int = SIZES["vocab_size"]
+    targets: dict[str, str] = field(default_factory=dict)
+
+
+def ours(name: str, *arguments: str, model: str = "model", near: bool = False) -> Side:
+    return Side(name, "our_side.py", (arguments[0], f"{{place}}/{model}", f"{{place}}/{model}.json", *arguments[1:]), near=near)
+
+
+def trl(name: str, *arguments: str, model: str = "model") -> Side:
+    return Side(f"TRL, {name}", "trl_side.py", (arguments[0], f"{{place}}/{model}", f"{{place}}/{model}.json", *arguments[1:]), "trl")
+
+
+def factory(*arguments: str) -> Side:
+    places = ("{place}/model", "{place}/model.json")
+    return Side("LLaMA-Factory, packing", "lf_side.py", (arguments[0], *places, *arguments[1:]), "lf")
+
+
+def rollout(case: str, batch: int, targets: dict[str, str]) -> Group:
+    sides = {name: Side(shown, "rollout_side.py", (name, case, str(batch))) for name, shown in ROLLOUT.items()}
+    return Group(f"rollout {case}", (sides.pop("trueline"),), tuple(sides.values()), targets=targets)
+
+
+ROLLOUT = {"trueline": "float32", "generate": "transformers, generate", "batching": "transformers, continuous batching"}
+BEST = ("--batch", "1", "--no-checkpointing")
+PADDED = {"TRL, default": "1.6 / 2.0"}
+GROUPS = (
+    Group(
+        "sft full",
+        (ours("float32", "sft"), ours("auto", "sft", "--dtype", "auto", near=True)),
+        (trl("default", "sft"), trl("padding-free", "sft", "--padding-free", "--no-checkpointing"), factory("sft")),
+        targets=PADDED,
+    ),
+    Group(
+        "sft lora",
+        (ours("float32", "sft", "--lora"), ours("auto", "sft", "--lora", "--dtype", "auto", near=True)),
+        (
+            trl("default", "sft", "--lora"),
+            trl("padding-free", "sft", "--lora", "--padding-free", "--no-checkpointing"),
+            factory("sft", "--lora"),
+        ),
+        targets=PADDED,
+    ),
+    Group(
+        "sft vocabulary of 151,936",
+        (ours("float32", "sft", model="published"),),
+        (
+            trl("default", "sft", model="published"),
+            trl("padding-free", "sft", "--padding-free", "--no-checkpointing", model="published"),
+        ),
+        vocabulary=PUBLISHED["vocab_size"],
+        targets=PADDED,
+    ),
+    Group("reward", (ours("float32", "reward"),), (trl("default", "reward"), trl("batches of 1", "reward", *BEST)), "reward"),
+    Group("dpo online", (ours("float32", "dpo", "--online"),), (trl("default", "dpo"), trl("batches of 1", "dpo", *BEST)), "dpo"),
+    Group("dpo reference before", (ours("float32", "dpo"),), (trl("precomputed", "dpo", "--precompute"),), "dpo"),
+    rollout("uniform", 16, {"transformers, generate": "1.3 / 1.7", "transformers, continuous batching": "3 / 4"}),
+    rollout("skewed", 16, {"transformers, generate": "2 / 3", "transformers, continuous batching": "3 / 4"}),
+    Group(
+        "ppo iteration",
+        (Side("float32", "ppo_ours.py", ("{place}", "{steps}")),),
+        (Side("TRL, experimental PPO", "ppo_trl.py", ("{place}", "{steps}"), "ppo"),),
+        targets={"TRL, experimental PPO": "2, peak 1/2 / 3, peak 1/4"},
+    ),
 )
 
 
-def tokens_of(stage: str, records: list[dict[str, list[int]]], step: int) -> int:
-    """Real tokens of a step."""
-    sides = ("chosen",) if stage == "sft" else ("chosen", "rejected")
-    return sum(len(r["prompt"]) + len(r[side]) for r in records[step * SIZE : (step + 1) * SIZE] for side in sides)
+class Unavailable(Exception):
+    """A side cannot run; the sentence says why."""
 
 
-def read(command: list[str], threads: int) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+class Runner:
+    """A side's process, asked for one reading at a time."""
+
+    def __init__(self, side: Side, place: Path, given: argparse.Namespace):
+        python = Path(sys.executable) if not side.environment else given.environments[side.environment] / "bin" / "python"
+        if not python.exists():
+            raise Unavailable(f"no environment for {side.environment}; name one with --environment {side.environment}=DIR")
+        settings = {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        settings |= {"TRL_EXPERIMENTAL_SILENCE": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+        self.errors = tempfile.TemporaryFile("w+")
+        arguments = [a.format(place=place, steps=given.steps) for a in side.arguments]
+        self.process = subprocess.Popen(
+            [str(python), str(HERE / side.script), *arguments],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True, cwd=place, env=os.environ | settings,
+        )  # fmt: skip
+        self.readings: list[dict[str, Any]] = []
+
+    def read(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write("run\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self.process.wait()
+            self.errors.seek(0)
+            said = [text for text in self.errors.read().splitlines() if text.strip() and "it/s]" not in text] or ["nothing said"]
+            print("\n".join(said[-20:]), file=sys.stderr)
+            raise Unavailable(said[-1][:160])
+        self.readings.append(json.loads(line))
+
+    def close(self) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait(60)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison's result."""
+
+    case: str
+    beside: str
+    cells: tuple[str, ...]
+
+    def line(self) -> str:
+        return f"| {self.case} | {self.beside} | " + " | ".join(self.cells) + " |"
+
+
+def rates(group: Group, readings: list[dict[str, Any]], records: list[dict[str, list[int]]]) -> list[float]:
+    """Real tokens per second of each reading, its first step left out if it has several."""
+    found = []
+    for reading in readings:
+        sides = ("chosen",) if group.stage == "sft" else ("chosen", "rejected")
+        per_step = reading.get("tokens") or [
+            sum(len(r["prompt"]) + len(r[side]) for r in records[i : i + SIZE] for side in sides) for i in range(0, len(records), SIZE)
+        ]
+        first = int(len(reading["seconds"]) > 1)
+        found.append(sum(per_step[first : len(reading["seconds"])]) / sum(reading["seconds"][first:]))
     return found
 
 
-def rate(case: Case, reading: dict[str, Any], records: list[dict[str, list[int]]]) -> float:
-    """Real tokens per second, the first step left out."""
-    steps = range(1, len(reading["seconds"]))
-    return sum(tokens_of(case.ours[0], records, s) for s in steps) / sum(reading["seconds"][s] for s in steps)
+def difference(mine: dict[str, Any], peer: dict[str, Any], near: bool) -> str | None:
+    """In what the two sides' numbers differ, if they do."""
+    if mine.get("answers") != peer.get("answers"):
+        return "greedy tokens differ"
+    apart = mine.get("apart") or {}
+    if any(value > PPO_EQUAL for value in apart.values()):
+        return f"first iteration differs: {apart}"
+    if "split" in mine and not apart:
+        return "the peer's first iteration was not checked"
+    gaps = [abs(a - b) / abs(b) for a, b in zip(mine["losses"][:2], peer["losses"][:2], strict=True)]
+    if any(gap > (NEAR if near else EQUAL) for gap in gaps):
+        return f"losses differ by {max(gaps):.2g}"
+    return None
 
 
-def compare(case: Case, place: Path, theirs: Path, given: argparse.Namespace, records: list[dict[str, list[int]]]) -> dict[str, Any]:
-    sides: dict[str, list[float]] = {"ours": [], "theirs": []}
-    peaks: dict[str, int] = {}
-    for turn in range(given.rounds):
-        losses: dict[str, list[float]] = {}
-        for side in ("ours", "theirs") if turn % 2 == 0 else ("theirs", "ours"):
-            script = "our_side.py" if side == "ours" else "trl_side.py"
-            python = sys.executable if side == "ours" else str(theirs / "bin" / "python")
-            reading = read([python, str(HERE / script), *getattr(case, side)[:1], str(place / "model"), str(place / "records.json"),
-                            *getattr(case, side)[1:]], given.threads)  # fmt: skip
-            sides[side].append(rate(case, reading, records))
-            losses[side], peaks[side] = reading["losses"], reading["peak_mb"]
-            line = {"bench": "peers", "case": case.name, "side": side, "tokens_per_second": sides[side][-1], "load1": os.getloadavg()[0]}
-            print(json.dumps(line | {k: reading[k] for k in ("peak_mb", "losses", "versions")}), flush=True)
-        apart = max(abs(a - b) / abs(b) for a, b in zip(losses["ours"][:2], losses["theirs"][:2], strict=True))
-        if case.exact and apart > EQUAL:
-            sys.exit(f"{case.name}: losses differ by {apart:.2g}, so nothing is compared: {losses}")
-    ours, peer = (statistics.median(sides[side]) for side in ("ours", "theirs"))
-    spread = max((max(v) - min(v)) / statistics.median(v) for v in sides.values())
-    return {"case": case.name, "ours": ours, "theirs": peer, "ratio": ours / peer, "spread": spread, "peaks": peaks}
+def measure(group: Group, place: Path, given: argparse.Namespace) -> list[Row]:
+    """Readings in turns, and a row for each pair of sides."""
+    runners: dict[Side, Runner] = {}
+    reasons: dict[Side, str] = {}
+    try:
+        for turn in range(given.runs):
+            sides = [*group.theirs, *group.ours]  # PPO's peer first: ours checks its tokens
+            for side in sides if turn % 2 == 0 else reversed(sides):
+                if side in reasons:
+                    continue
+                try:
+                    if side not in runners:
+                        runners[side] = Runner(side, place, given)
+                    runners[side].read()
+                except Unavailable as error:
+                    reasons[side] = str(error)
+                    continue
+                if side.near and runners[side].readings[-1]["dtype"] == "float32":
+                    reasons[side] = "auto is float32 on this machine"
+                    continue
+                line = {"bench": "peers", "case": group.name, "side": side.name, "ours": side in group.ours, "run": turn}
+                print(json.dumps(line | {"load1": os.getloadavg()[0]} | runners[side].readings[-1]), flush=True)
+    finally:
+        for runner in runners.values():
+            runner.close()
+    records = draw_records(given.steps * SIZE, group.vocabulary)
+    absent = [Row(f"{group.name}, {side.name}", "-", not_run(reasons[side])) for side in group.ours if side in reasons]
+    pairs = [(mine, peer) for mine in group.ours if mine not in reasons for peer in group.theirs]
+    return [row(group, mine, peer, runners, reasons, records) for mine, peer in pairs] + absent
+
+
+def not_run(reason: str, target: str = "-") -> tuple[str, ...]:
+    return "-", "-", f"not run: {reason}".replace("|", "/"), "-", "-", target, time.strftime("%Y-%m-%d")
+
+
+def row(
+    group: Group, mine: Side, peer: Side, runners: dict[Side, Runner], reasons: dict[Side, str], records: list[dict[str, list[int]]]
+) -> Row:
+    case, target, today = f"{group.name}, {mine.name}", group.targets.get(peer.name, "-"), time.strftime("%Y-%m-%d")
+    if peer in reasons:
+        return Row(case, peer.name, not_run(reasons[peer], target))
+    ours_read, peer_read = runners[mine].readings, runners[peer].readings
+    versions = peer_read[0]["versions"]
+    version = next((f" {versions[name]}" for name in ("trl", "llamafactory", "transformers") if name in versions), "")
+    program, _, setting = peer.name.partition(", ")
+    beside = f"{program}{version}, {setting}"
+    if wrong := difference(ours_read[0], peer_read[0], mine.near):
+        return Row(case, beside, ("-", "-", f"not compared: {wrong}", "-", "-", target, today))
+    fast, slow = rates(group, ours_read, records), rates(group, peer_read, records)
+    ratio, low, high = statistics.median(fast) / statistics.median(slow), min(fast) / max(slow), max(fast) / min(slow)
+    claim = f"{ratio:.2f} ({low:.2f} to {high:.2f})" if not low <= 1 <= high else f"within the spread ({low:.2f} to {high:.2f})"
+    peaks = [max(r["peak_mb"] for r in readings) for readings in (ours_read, peer_read)]
+    cells = (f"{statistics.median(fast):,.0f}", f"{statistics.median(slow):,.0f}", claim, *(f"{p:,}" for p in peaks), target, today)
+    return Row(case, beside, cells)
+
+
+def machine(threads: int) -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found.group(1) if found else platform.processor()}, {threads} threads, Python {platform.python_version()}"
+
+
+def write(rows: list[Row], measured: list[str], given: argparse.Namespace, page: Path) -> None:
+    """Puts the rows of the measured groups into the page's table, in place of theirs; rows of other groups stay."""
+    text = page.read_text("utf-8")
+    before, found, rest = text.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if not found or not end:
+        sys.exit(f"{page} has no lines {BEGIN} and {END}")
+    lines = {name: [line for line in old.splitlines() if line.startswith(f"| {name}, ")] for name in (group.name for group in GROUPS)}
+    lines |= {name: [r.line() for r in rows if r.case.startswith(f"{name}, ")] for name in measured}
+    command = f"`python bench/peers/compare.py --runs {given.runs} --steps {given.steps}`, {machine(given.threads)}:"
+    table = "\n".join([command, "", HEAD, "|---" * HEAD.count(" | ") + "|---|", *(line for found in lines.values() for line in found)])
+    page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", "utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--environment", type=Path, required=True, help="a virtual environment with TRL 1.16")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
+    environment = f"a peer's environment: {', '.join(ENVIRONMENTS)}"
+    parser.add_argument("--environment", action="append", default=[], metavar="NAME=DIR", help=environment)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", nargs="*", default=[], help="groups whose name starts with one of these")
+    parser.add_argument("--write", action="store_true", help="put the rows into docs/benchmarks.md")
+    parser.add_argument("--list", action="store_true", help="the groups' names")
     given = parser.parse_args()
+    given.environments = {name: Path(path).absolute() for name, path in ENVIRONMENTS.items()}
+    for text in given.environment:
+        name, _, path = text.partition("=")
+        if name not in ENVIRONMENTS or not path:
+            parser.error(f"--environment {text}: expected one of {', '.join(f'{n}=DIR' for n in ENVIRONMENTS)}")
+        given.environments[name] = Path(path).absolute()
+    groups = [g for g in GROUPS if not given.only or any(g.name.startswith(name) for name in given.only)]
+    if given.list:
+        print("\n".join(g.name for g in groups))
+        return
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        write_model(place / "model")
-        count, vocabulary = given.steps * SIZE, SIZES["vocab_size"]
-        write_records(place / "records.json", count, vocabulary)
-        records = draw_records(count, vocabulary)
-        rows = [compare(case, place, given.environment, given, records) for case in CASES if given.only in case.name]
-    print("\n| case | trueline, tokens/s | TRL, tokens/s | ratio | spread | peak MB, trueline | peak MB, TRL |")
-    print("|---|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r['case']} | {r['ours']:,.0f} | {r['theirs']:,.0f} | {r['ratio']:.2f} | {r['spread']:.0%} "
-              f"| {r['peaks']['ours']:,} | {r['peaks']['theirs']:,} |")  # fmt: skip
+        for name, sizes in {"model": {}, "published": PUBLISHED, "ppo": PPO}.items():
+            write_model(place / name, **sizes)
+            write_records(place / f"{name}.json", given.steps * SIZE, (SIZES | sizes)["vocab_size"])
+        for seed, name in enumerate(("critic", "reward"), 1):
+            write_scorer(place / name, seed, **PPO)
+        for group in groups:
+            rows += measure(group, place, given)
+    print("\n" + HEAD + "\n" + "|---" * HEAD.count(" | ") + "|---|")
+    print("\n".join(r.line() for r in rows))
+    if given.write:
+        write(rows, [group.name for group in groups], given, PAGE)
 
 
 if __name__ == "__main__":

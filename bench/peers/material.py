@@ -1,4 +1,4 @@
-"""What every side of the comparison trains on: one random model, and records of alpaca-like lengths. Needs torch and transformers."""
+"""The models and records that every side of the comparison runs on. Needs torch, transformers and numpy."""
 
 import json
 from pathlib import Path
@@ -7,27 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-
-# 25 million parameters: 16.9 in the blocks, 8.4 in embedding and head
-SIZES: dict[str, Any] = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-    "bos_token_id": None,
-}
+from sides import SIZES
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
     """A random Qwen2 in float32, as transformers saves it."""
     torch.manual_seed(0)
     transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES | changes)).save_pretrained(folder)
+    return folder
+
+
+def write_scorer(folder: Path, seed: int, **changes: Any) -> Path:
+    """A random sequence classifier of one score, whose head is not zero."""
+    torch.manual_seed(seed)
+    transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**SIZES | changes, num_labels=1)).save_pretrained(folder)
     return folder
 
 

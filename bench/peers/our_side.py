@@ -1,23 +1,25 @@
-"""trueline's stages on given tokens, through the recipes' own objectives and step. Prints one JSON line like `trl_side.py`.
+"""trueline's stages on given tokens, through the recipes' own objectives and step. Answers `compare.py` like the other sides.
 
 `python our_side.py STAGE MODEL RECORDS [--lora] [--online] [--dtype NAME]`
 """
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from sides import SIZE, serve
 
-from trueline.config.schema import AdapterConfig, DpoConfig, MeshConfig, ModelConfig, OptimizerConfig, RankingConfig
+from trueline.config.load import from_any
+from trueline.config.schema import AdapterConfig, DpoConfig, MeshConfig, ModelConfig, OptimizerConfig, RankingConfig, SftConfig
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import plan
 from trueline.model.batch import pack, pack_pairs
 from trueline.model.heads import LanguageModel
 from trueline.parallel.world import start_alone
-from trueline.recipes.assemble import make_scorer, open_model, train_role
+from trueline.recipes.assemble import make_scorer, open_model, settle_dtype, train_role
 from trueline.recipes.dpo import Judged, count_items, dpo_objective, pack_judged
 from trueline.recipes.reference import pair_logprobs
 from trueline.recipes.reward import count_pairs, ranking_objective
@@ -25,7 +27,7 @@ from trueline.recipes.sft import count_tokens, sft_objective
 from trueline.train.optimizer import make_optimizer
 from trueline.train.step import train_step
 
-SIZE, MAX_TOKENS = 8, 4096
+MAX_TOKENS = 4096
 
 
 def sample(record: dict[str, list[int]], side: str = "chosen") -> Sample:
@@ -33,21 +35,16 @@ def sample(record: dict[str, list[int]], side: str = "chosen") -> Sample:
     return Sample(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=["sft", "reward", "dpo"])
-    parser.add_argument("model")
-    parser.add_argument("records")
-    parser.add_argument("--dtype", default="float32")
-    for flag in ("--lora", "--online"):
-        parser.add_argument(flag, action="store_true")
-    given = parser.parse_args()
-    records = json.loads(Path(given.records).read_text())
+def train(given: argparse.Namespace, records: list[dict[str, list[int]]]) -> dict[str, Any]:
     world = start_alone(MeshConfig())
-    opened = open_model(ModelConfig(path=given.model, dtype=given.dtype), 0, with_head=given.stage != "reward")
+    sections = {"model": {"path": given.model, "dtype": given.dtype}, "data": {"train": ["none"]}}
+    sections |= {"run": {"output": given.records + ".run", "steps": 1}}
+    dtype = settle_dtype(from_any(SftConfig, sections)).model.dtype  # what `auto` means is the stages' own rule
+    opened = open_model(ModelConfig(path=given.model, dtype=dtype), 0, with_head=given.stage != "reward")
     role, parameters = train_role(opened, AdapterConfig(kind="lora" if given.lora else "full"), "policy", 0)
     model = LanguageModel(opened.decoder, role)
     began = time.perf_counter()
+    items: Any
     if given.stage == "sft":
         items, packing, objective, count = [sample(r) for r in records], pack, sft_objective(model), count_tokens
     else:
@@ -73,10 +70,20 @@ def main() -> None:
         # a reference pass belongs to each step of an online comparison
         seconds.append(time.perf_counter() - began + (prepared / steps if given.online else 0.0))
         losses.append(values["loss"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    dtype = str(opened.decoder.embed.weight.dtype).removeprefix("torch.")
-    found = {"seconds": seconds, "losses": losses, "whole": sum(seconds), "peak_mb": peak, "dtype": dtype}
-    print(json.dumps(found | {"versions": {"torch": torch.__version__}}))
+    return {"seconds": seconds, "losses": losses, "dtype": dtype, "versions": {"torch": torch.__version__}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=["sft", "reward", "dpo"])
+    parser.add_argument("model")
+    parser.add_argument("records")
+    parser.add_argument("--dtype", default="float32")
+    for flag in ("--lora", "--online"):
+        parser.add_argument(flag, action="store_true")
+    given = parser.parse_args()
+    records = json.loads(Path(given.records).read_text())
+    serve(lambda: train(given, records))
 
 
 if __name__ == "__main__":

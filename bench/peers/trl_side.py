@@ -1,23 +1,22 @@
-"""TRL's trainers on given tokens, timed from inside. Runs in TRL's own environment; prints one JSON line.
+"""TRL's trainers on given tokens, timed from inside. Runs in TRL's own environment; answers `compare.py` like the other sides.
 
-`python trl_side.py STAGE MODEL RECORDS [--batch N] [--lora] [--precompute] [--bfloat16] [--no-checkpointing] [--packing]`
+`python trl_side.py STAGE MODEL RECORDS [--batch N] [--lora] [--precompute] [--bfloat16] [--no-checkpointing] [--padding-free]`
 """
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig
+from sides import SIZE, serve
 from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerFast, TrainerCallback
-
-SIZE = 8  # records (or pairs) a step, on every side
 
 
 class Clock(TrainerCallback):
@@ -70,16 +69,7 @@ def dataset(stage: str, records: list[dict[str, list[int]]]) -> Dataset:
     return Dataset.from_list(rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("stage", choices=["sft", "reward", "dpo"])
-    parser.add_argument("model")
-    parser.add_argument("records")
-    parser.add_argument("--batch", type=int, default=SIZE)
-    for flag in ("--lora", "--precompute", "--bfloat16", "--no-checkpointing"):
-        parser.add_argument(flag, action="store_true")
-    given = parser.parse_args()
-    records = json.loads(Path(given.records).read_text())
+def train(given: argparse.Namespace, records: list[dict[str, list[int]]]) -> dict[str, Any]:
     dtype = torch.bfloat16 if given.bfloat16 else torch.float32
     config, trainer, kind = {
         "sft": (trl.SFTConfig, trl.SFTTrainer, transformers.AutoModelForCausalLM),
@@ -91,6 +81,8 @@ def main() -> None:
     if given.stage == "reward":
         torch.nn.init.zeros_(model.score.weight)
     extra = {"precompute_ref_log_probs": given.precompute} if given.stage == "dpo" else {}
+    if given.stage == "sft":
+        extra["padding_free"] = given.padding_free
     arguments = config(
         output_dir=str(Path(given.records).with_suffix(".trl")),
         per_device_train_batch_size=given.batch,
@@ -103,7 +95,7 @@ def main() -> None:
         report_to="none",
         use_cpu=True,
         bf16=False,
-        max_length=2048,
+        max_length=None if given.padding_free else 2048,
         gradient_checkpointing=not given.no_checkpointing,
         dataloader_pin_memory=False,
         **extra,
@@ -118,19 +110,22 @@ def main() -> None:
         peft_config=adapter,
         callbacks=[clock],
     )
-    began = time.perf_counter()
     run.train()
-    print(
-        json.dumps(
-            {
-                "seconds": clock.seconds,
-                "losses": clock.losses,
-                "whole": time.perf_counter() - began,
-                "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-                "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
-            }
-        )
-    )
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, trl)}
+    return {"seconds": clock.seconds, "losses": clock.losses, "versions": versions}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("stage", choices=["sft", "reward", "dpo"])
+    parser.add_argument("model")
+    parser.add_argument("records")
+    parser.add_argument("--batch", type=int, default=SIZE)
+    for flag in ("--lora", "--precompute", "--bfloat16", "--no-checkpointing", "--padding-free"):
+        parser.add_argument(flag, action="store_true")
+    given = parser.parse_args()
+    records = json.loads(Path(given.records).read_text())
+    serve(lambda: train(given, records))
 
 
 if __name__ == "__main__":

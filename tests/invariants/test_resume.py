@@ -12,6 +12,7 @@ import pytest
 from tests.recipes.commands import Commands, Started
 from tests.recipes.reading import metrics, records, status
 from tests.recipes.toys import KINDS, Toys
+from trueline.recipes.ppo import PARTS
 from trueline.train import checkpoint
 
 LORA = KINDS["lora"]
@@ -24,7 +25,7 @@ RUNS = {
     "ppo": ["ppo", "run.steps=5", "run.save_every=2"],
     "ppo with an adaptive coefficient": ["ppo", "run.steps=5", "run.save_every=2", *LORA, "ppo.kl_target=0.1", "ppo.kl_horizon=16"],
 }  # fmt: skip
-TIMES = {"seconds", "tokens_per_second", "generate_seconds", "appraise_seconds", "train_seconds"}
+TIMES = {"seconds", "tokens_per_second", "peak_memory_mb", "reward_overlapped_seconds"} | {f"{part}_seconds" for part in PARTS}
 
 
 class Bench:

@@ -263,7 +263,8 @@ def test_rewards(refused: Any, toys: Toys, adapters: dict[str, Path], tmp_path: 
     ],
 )
 def test_a_reward_function_that_fails_stops_the_run(trueline: Commands, toys: Toys, tmp_path: Path, function: str, words: str) -> None:
-    settings = [f"reward.function={toys.data('judges.py')}:{function}", "reward.timeout=0.5", f"run.output={tmp_path / 'run'}"]
+    settings = [f"reward.function={toys.data('judges.py')}:{function}", "reward.timeout=0.5", "reward.overlap=false"]
+    settings += [f"run.output={tmp_path / 'run'}"]
     message = trueline("ppo", toys.config("ppo"), *settings).refused(1)
     assert words in message and len(message.splitlines()) == 1
     assert status(tmp_path / "run")["status"] == "failed" and words in status(tmp_path / "run")["error"]

@@ -1,5 +1,6 @@
 """PPO's loop: which way every term pushes, who shares whose memory, and that what is learned from is what the policy said."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,8 @@ from trueline.config.schema import PpoStageConfig
 from trueline.data.sample import Sample
 from trueline.model.batch import pack
 from trueline.parallel.world import World
-from trueline.recipes.ppo import Actors, PolicyBatch, count_policy, policy_objective, replay
+from trueline.recipes.judges import Reward
+from trueline.recipes.ppo import PARTS, Actors, PolicyBatch, count_policy, policy_objective, replay
 from trueline.recipes.prepare import prompt_tokens, ptx_samples
 from trueline.recipes.roles import open_roles
 from trueline.train.experience import appraise, pack_experience
@@ -171,8 +173,8 @@ def test_the_supervised_mix_adds_its_gradient(toys: Toys, tmp_path: Path) -> Non
     model, opened = roles.model, roles.policy
     prompts = prompt_tokens(config.data, opened.folder.family, opened.text(), 8, 0).train[:4]
     mixed = pack(ptx_samples(config.data, opened.folder.family, opened.text(), 0).train[:3])
-    actors = Actors(config, roles, {}, lambda rollouts, asked: [float(i) for i in range(len(rollouts))], World())
-    rollouts = actors.answer(prompts, [1, 2, 3, 4])
+    actors = Actors(config, roles, {}, Reward(lambda rollouts, asked: [0.0] * len(rollouts), lambda scores: scores), World())
+    rollouts = actors.answer(prompts, [1, 2, 3, 4]).rollouts
     seen, _ = appraise(
         rollouts, [0.0, 1.0, 2.0, 3.0], model, roles.reference, roles.critic,
         ppo=config.ppo, kl_coefficient=0.0, temperature=1.0, max_tokens=8192, world=World(),
@@ -285,3 +287,71 @@ def test_the_reward_rises(loop: Loop) -> None:
     lines = metrics(loop("run.steps=15", *settings))
     assert sum(line["score"] for line in lines[-3:]) / 3 > 0.3 * lines[0]["score"]
     assert lines[-1]["response_length"] < 0.6 * lines[0]["response_length"]
+
+
+# beside generation
+
+
+def test_overlap_changes_no_bit(loop: Loop, toys: Toys, judges: dict[str, Path]) -> None:
+    """A function, and a reward model whose tokens are other ones: scored while others are generated, or all at once at the end."""
+    for reward in ([function(toys, "counted")], ["reward.function=null", f"reward.model={judges['other']}"]):
+        settings = [*reward, *KINDS["lora"], "run.steps=3", "rollout.running=2", "data.eval_fraction=0.3", "run.eval_every=1"]
+        beside, after = (loop(*settings, f"reward.overlap={value}") for value in ("true", "false"))
+        assert (beside / "samples.jsonl").read_bytes() == (after / "samples.jsonl").read_bytes()
+        timed = {"tokens_per_second", "peak_memory_mb", "seconds"}
+        plain = [
+            [{k: v for k, v in line.items() if k not in timed and not k.endswith("_seconds")} for line in records(f / "metrics.jsonl")]
+            for f in (beside, after)
+        ]
+        assert plain[0] == plain[1]
+        for path in (beside / "checkpoints").rglob("*.safetensors"):
+            assert path.read_bytes() == (after / path.relative_to(beside)).read_bytes()
+    calls = [int(line.split()[1]) for line in (loop.home / "run-2" / "reward.log").read_text().splitlines()]
+    assert calls == [8, 6] * 3  # answers, then held-out ones: once with all of them
+    calls = [int(line.split()[1]) for line in (loop.home / "run-1" / "reward.log").read_text().splitlines()]
+    assert sum(calls) == 3 * (8 + 6)
+
+
+def test_answers_are_scored_while_others_go_on(toys: Toys, tmp_path: Path) -> None:
+    """Whole prompts at a time, before the last answer has ended; and each token's rollout is what the reward saw."""
+    model = {"path": str(toys.model()), "dtype": "float64"}
+    config = config_of(toys, tmp_path, rollout={"prompts": 4, "samples": 2, "running": 2}, model=model)
+    roles = open_roles(config)
+    assert roles.model.decoder.head is not None
+    calls: list[tuple[float, list[Any], list[Any]]] = []
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.01)
+
+    def prepare(rollouts: Sequence[Any], asked: Sequence[Any]) -> list[Any]:
+        calls.append((time.perf_counter(), [r.text for r in rollouts], [p.tokens for p in asked]))
+        return [r.tokens for r in rollouts]
+
+    roles.model.decoder.head.register_forward_hook(slowly)
+    actors = Actors(config, roles, {}, Reward(prepare, lambda found: [0.0] * len(found)), World())
+    prompts = prompt_tokens(config.data, roles.policy.folder.family, roles.policy.text(), 8, 0).train[:4]
+    asked = [p for p in prompts for _ in range(2)]
+    answers = actors.answer(asked, list(range(8)), 2)
+    ended = time.perf_counter()
+    assert answers.prepared == [r.tokens for r in answers.rollouts]
+    assert len(calls) > 1 and calls[0][0] < ended - 0.02
+    for _, texts, tokens in calls:
+        assert len(texts) % 2 == 0 and all(tokens[i] == tokens[i + 1] for i in range(0, len(tokens), 2))
+    assert sorted(text for _, texts, _ in calls for text in texts) == sorted(r.text or "" for r in answers.rollouts)
+
+
+def test_the_parts_of_an_iteration_add_up(loop: Loop) -> None:
+    folder = loop("run.steps=3", "run.save_every=1", "data.eval_fraction=0.3", "run.eval_every=1")
+    lines, facts = metrics(folder), records(folder / "metrics.jsonl")
+    for i, line in enumerate(lines):
+        assert {f"{part}_seconds" for part in PARTS} <= line.keys() and line["peak_memory_mb"] > 10
+        assert all(line[f"{part}_seconds"] >= 0 for part in PARTS) and (line["save_seconds"] > 0) == (i > 0)
+        working = sum(line[f"{part}_seconds"] for part in ("generate", "reward", "score", "update"))
+        assert working <= line["tokens"] / line["tokens_per_second"] * 1.001
+        assert working > 0.5 * line["tokens"] / line["tokens_per_second"]
+    assert all(line["seconds"] > 0 for line in facts if line["split"] == "eval")
+
+
+def test_a_function_that_fails_ends_the_run_though_others_go_on(trueline: Commands, toys: Toys, tmp_path: Path) -> None:
+    said = trueline("ppo", toys.config("ppo"), f"run.output={tmp_path / 'run'}", function(toys, "raises"), "rollout.running=2").refused(1)
+    assert "ZeroDivisionError" in said and "judges.py" in said

@@ -17,8 +17,9 @@ from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.heads import LanguageModel, Scorer
 from trueline.model.layout import Packed
 from trueline.parallel.world import World
+from trueline.recipes.judges import score_samples
 from trueline.rollout.sampling import Rollout
-from trueline.train.experience import Experience, appraise, pack_experience
+from trueline.train.experience import Experience, ModelScores, appraise, pack_experience
 
 SIZES = DecoderConfig(vocab_size=17, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=12, init_std=0.7)
 COLUMNS = ("rollout_logprobs", "logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
@@ -242,3 +243,32 @@ def test_bad_weights_are_noticed_with_their_place() -> None:
             max_tokens=64,
             world=World(),
         )
+
+
+@pytest.mark.parametrize("own_trunk", [False, True])
+@pytest.mark.parametrize("max_tokens", [13, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_reward_model_shares_the_pass(own_trunk: bool, max_tokens: int, dtype: torch.dtype) -> None:
+    """One packing, one embedding of the tokens for all roles of a trunk; the same bits as passes of their own."""
+    items, trunk = rollouts(), decoder(1, dtype)
+    policy, reference, values, scorer = LanguageModel(trunk), LanguageModel(trunk), critic(dtype), Scorer(decoder(5, dtype))
+    values.decoder = trunk
+    scorer.decoder = scorer.decoder if own_trunk else trunk
+    torch.nn.init.normal_(scorer.score.weight, generator=torch.Generator().manual_seed(6))
+    settings = {"ppo": PPO, "kl_coefficient": KL, "temperature": TEMPERATURE, "max_tokens": max_tokens, "world": World()}
+    alone = [2 * x for x in score_samples(scorer, [answered(r.prompt, r.tokens, None) for r in items], max_tokens)]
+    expected, _ = appraise(items, alone, policy, lambda batch, temperature: reference(batch, temperature), values, **settings)
+    embedded: list[int] = []
+    hook = trunk.embed.register_forward_hook(lambda module, args, out: embedded.append(len(args[0])))
+    shared = ModelScores(scorer, lambda scores: [2 * x for x in scores])
+    found, _ = appraise(items, shared, policy, reference, values, **settings)
+    hook.remove()
+    assert sum(embedded) == sum(len(e) for e in found)  # each token once
+    for a, b in zip(found, expected, strict=True):
+        assert a.score == b.score and a.sample == b.sample
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in COLUMNS)
+
+
+def test_a_models_bad_scores_are_refused() -> None:
+    with pytest.raises(RunError, match="the reward of answer 1 of 5 is nan"):
+        judge(rollouts(), scores=ModelScores(critic(), lambda scores: [math.nan] * 5))  # type: ignore[arg-type]

@@ -175,6 +175,9 @@ class RewardSourceConfig(Config):
     `file.py:name`, called with the list of answers (and, if it has such parameters, prompts= and records=); returns one number each."""
     timeout: float = Field(60.0, gt=0)
     """Seconds one call of the function may take before its process is killed and the run stops."""
+    overlap: bool = True
+    """PPO has a prompt's answers scored while others are still generated, in several calls of the function;
+    false: one call with all of them, for a function that compares answers to different prompts."""
     scale: float = 1.0
     """The score is multiplied by this."""
     clip: float | None = Field(None, gt=0)

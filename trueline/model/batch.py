@@ -23,6 +23,12 @@ class Batch:
     tokens: Tensor  # [T] int64
     trained: Tensor  # [T] bool
     layout: Packed
+    embedded: Tensor | None = None  # [T, D] the tokens' embeddings, where several roles of one trunk share them
+
+    @property
+    def inputs(self) -> Tensor:
+        """What a decoder reads."""
+        return self.tokens if self.embedded is None else self.embedded
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -243,12 +243,12 @@ class Decoder(nn.Module):
         self.prefixes = nn.ModuleDict()  # role -> Prefix
 
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
-        """Hidden states `[T, D]` of packed `tokens` `[T]`, after the final norm."""
+        """Hidden states `[T, D]` of packed `tokens` `[T]` (or of their embeddings `[T, D]`), after the final norm."""
         if role is not None and role in self.prefixes:
             prefix = self.prefixes[role]
             layout = Prefixed(layout, prefix.keys, prefix.values, self.config.prefix_shifts)  # type: ignore[arg-type]
         turn = rotation(layout.positions, self.config)
-        x = self.embed(tokens)
+        x = self.embed(tokens) if tokens.dim() == 1 else tokens
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, layout, turn, role, use_reentrant=False)

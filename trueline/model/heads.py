@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
 
         With a temperature, the log-probabilities of the distribution tokens are sampled from: logits / temperature, before any truncation.
         """
-        hidden = self.decoder(batch.tokens, batch.layout, self.role)
+        hidden = self.decoder(batch.inputs, batch.layout, self.role)
         rows = batch.trained.nonzero()[:, 0]
         # the shift: token t is predicted by the state at t - 1
         picked = LinearLogProbability.apply(hidden[rows - 1], self.decoder.head.weight, batch.tokens[rows], temperature)  # type: ignore[union-attr]
@@ -99,7 +99,7 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Score of each token's state `[T]`; float32 (float64 for a float64 model)."""
-        hidden = self.decoder(batch.tokens, batch.layout, self.role)
+        hidden = self.decoder(batch.inputs, batch.layout, self.role)
         scores: Tensor = self.score(hidden)[:, 0]
         return scores.to(accumulation_dtype(scores.dtype))
 

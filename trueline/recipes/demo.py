@@ -5,7 +5,6 @@ half of the time, and a good alignment makes it so nearly always, without making
 """
 
 import json
-import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from trueline.config.load import from_any, save_config
 from trueline.config.schema import STAGES, Config
+from trueline.parallel.world import peak_memory_mb
 from trueline.recipes import dpo, evaluate, ppo, reward, sft
 from trueline.recipes.demo_data import DemoFiles, write_demo
 from trueline.recipes.demo_grammar import correct, preferred
@@ -156,11 +156,6 @@ def last_line(path: Path, split: str) -> dict[str, Any]:
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     found: dict[str, Any] = [line for line in lines if line["split"] == split][-1]
     return found
-
-
-def peak_memory_mb() -> float:
-    """Largest resident set of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def table(summary: dict[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,29 @@ from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.generate import line_of
 from trueline.recipes.measures import matches, references
 from trueline.rollout.sampling import Rollout
+from trueline.train.experience import ModelScores
 from trueline.train.judge import Judge
 
 SAME_ANSWER = "same_answer"
 """The reward function that is built in: 1 where the final answer is the record's (`trueline/data/answers.py`), else 0."""
 Scores = Callable[[Sequence[Rollout], Sequence[TokenPrompt]], list[float]]
 """Answers (with their text) and what they answer -> one finite number each."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Where scores come from, in two parts; called, it is a `Scores`.
+
+    `prepare` may work on some answers while others are generated: what it makes of an answer does not depend on the rest. `finish` gets
+    what was made of all. Where `shared` is set, the model takes part in PPO's own pass over the answers in place of `finish`.
+    """
+
+    prepare: Callable[[Sequence[Rollout], Sequence[TokenPrompt]], list[Any]]
+    finish: Callable[[list[Any]], list[float]]
+    shared: ModelScores | None = None
+
+    def __call__(self, rollouts: Sequence[Rollout], prompts: Sequence[TokenPrompt]) -> list[float]:
+        return self.finish(self.prepare(rollouts, prompts))
 
 
 def frozen_config(config: ModelConfig, path: str) -> ModelConfig:
@@ -54,7 +71,7 @@ def needed_score(score: Tensor | None, path: Path) -> Tensor:
 @contextmanager
 def open_reward(
     config: RewardSourceConfig, policy: Opened | None, scorer: Scorer | None, own: Opened | None, folder: Path, max_tokens: int
-) -> Iterator[Scores]:
+) -> Iterator[Reward]:
     """The scores `config` asks for, scaled and clipped. `scorer` (a reward model) may have its `own` folder, and so its own template;
     without a `policy` (answers from a file) it is the one that is used."""
 
@@ -64,18 +81,23 @@ def open_reward(
 
     if scorer is not None:
         render = _renderer(policy, own)
-        yield lambda rollouts, prompts: finish(
-            score_samples(scorer, [render(r, p) for r, p in zip(rollouts, prompts, strict=True)], max_tokens)
+        yield Reward(
+            lambda rollouts, prompts: [render(r, p) for r, p in zip(rollouts, prompts, strict=True)],
+            lambda samples: finish(score_samples(scorer, samples, max_tokens)),
+            ModelScores(scorer, finish) if _reads_the_answer(policy, own) else None,
         )
         return
     if config.function == SAME_ANSWER:
-        yield lambda rollouts, prompts: finish(_equal_answers(rollouts, prompts))
+        yield Reward(lambda rollouts, prompts: list(zip(rollouts, prompts, strict=True)), lambda pairs: finish(_equal_answers(pairs)))
         return
     printed = folder / "reward.log"
     try:
         with Judge(str(config.function), config.timeout, printed) as judge:
-            yield lambda rollouts, prompts: finish(
-                judge.score([r.text or "" for r in rollouts], [asked_of(p) for p in prompts], [p.prompt.record for p in prompts])
+            yield Reward(
+                lambda rollouts, prompts: judge.score(
+                    [r.text or "" for r in rollouts], [asked_of(p) for p in prompts], [p.prompt.record for p in prompts]
+                ),
+                finish,
             )
     finally:
         if printed.is_file() and not printed.stat().st_size:
@@ -92,16 +114,16 @@ def asked_of(prompt: TokenPrompt) -> str:
     return next((m.content for m in reversed(prompt.prompt.conversation.messages) if m.role == "user"), "")
 
 
-def _equal_answers(rollouts: Sequence[Rollout], prompts: Sequence[TokenPrompt]) -> list[float]:
-    wanted = references(prompts, None, "auto")
+def _equal_answers(pairs: Sequence[tuple[Rollout, TokenPrompt]]) -> list[float]:
+    wanted = references([prompt for _, prompt in pairs], None, "auto")
     if None in wanted:
         raise UserError(f"reward.function: {SAME_ANSWER} needs an answer in every record; {wanted.count(None)} of {len(wanted)} have none")
-    return [score or 0.0 for score in matches([r.text or "" for r in rollouts], wanted)]
+    return [score or 0.0 for score in matches([rollout.text or "" for rollout, _ in pairs], wanted)]
 
 
 def _renderer(policy: Opened | None, own: Opened | None) -> Callable[[Rollout, TokenPrompt], Sample]:
     """How the reward model sees an answer: the very tokens that were sampled where it shares the policy's template and tokenizer."""
-    if policy is not None and (own is None or _speaks_alike(policy, own)):
+    if policy is not None and _reads_the_answer(policy, own):
         blocks = (own or policy).folder.decoder_config.blocks
         return lambda rollout, prompt: answered(rollout.prompt, rollout.tokens, blocks)
     assert own is not None
@@ -109,7 +131,10 @@ def _renderer(policy: Opened | None, own: Opened | None) -> Callable[[Rollout, T
     return lambda rollout, prompt: _translated(rollout, prompt, family, tokenizer)
 
 
-def _speaks_alike(policy: Opened, own: Opened) -> bool:
+def _reads_the_answer(policy: Opened | None, own: Opened | None) -> bool:
+    """Whether the reward model takes the very tokens that were sampled: it shares the policy's template and tokenizer."""
+    if policy is None or own is None:
+        return policy is not None
     alike = own.tokenizer is None or policy.tokenizer is None or own.tokenizer.fingerprint == policy.tokenizer.fingerprint
     return alike and own.folder.family is policy.folder.family
 

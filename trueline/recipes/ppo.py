@@ -1,14 +1,15 @@
 """Proximal policy optimisation from a reward model or a Python function (arXiv:1707.06347, 2203.02155, details as in 1909.08593).
 
-One iteration: 1. answer prompts with the policy as it is now; 2. score the answers; 3. appraise them (log-probabilities, reference, values,
-rewards less the KL penalty, advantages); 4. replay them in minibatches, one update of policy and critic each; 5. adapt the KL coefficient.
+One iteration: 1. answer prompts with the policy as it is now; 2. score the answers as they come in; 3. appraise them (log-probabilities,
+reference, values, rewards less the KL penalty, advantages); 4. replay them in minibatches, one update of policy and critic each;
+5. adapt the KL coefficient.
 
 Left out: entropy bonus, several ranks, rollouts that run beside training.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -20,16 +21,17 @@ from trueline.data.sample import Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.model.batch import Batch, pack
 from trueline.model.heads import LanguageModel, Scorer, values_before
-from trueline.parallel.world import World, start_alone
+from trueline.parallel.world import World, peak_memory_mb, start_alone
 from trueline.recipes.assemble import publish
 from trueline.recipes.fit import resume, save, show_plan
 from trueline.recipes.generate import sampling_of
-from trueline.recipes.judges import Scores, open_reward, sample_line
+from trueline.recipes.judges import Reward, open_reward, sample_line
 from trueline.recipes.prepare import prompt_tokens, ptx_samples
 from trueline.recipes.report import run_report
 from trueline.recipes.roles import Roles, open_roles, parents
 from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Rollout
+from trueline.train.beside import Beside
 from trueline.train.experience import Experience, ExperienceBatch, appraise, pack_experience
 from trueline.train.losses import adaptive_kl, kl, ppo_clipped, ppo_policy_loss, ppo_value_loss, sft_loss
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
@@ -67,6 +69,42 @@ class Learning:
             self.kl_coefficient = adaptive_kl(self.kl_coefficient, drift, ppo.kl_target, ppo.kl_horizon, answers)
 
 
+PARTS = ("generate", "reward", "score", "update", "save", "idle")
+
+
+class Clock:
+    """Seconds by what they were spent on, since the last reading. Nothing falls between the parts: they add up to the time on the wall."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.spent = dict.fromkeys(PARTS, 0.0)
+
+    def lap(self, part: str) -> None:
+        """What has passed since the last lap was spent on `part`."""
+        now = time.perf_counter()
+        self.spent[part] += now - self.last
+        self.last = now
+
+    def skip(self) -> None:
+        """What has passed since the last lap is counted elsewhere."""
+        self.last = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """A metric for each part; all are zero again afterwards."""
+        self.lap("idle")
+        found, self.spent = {f"{part}_seconds": seconds for part, seconds in self.spent.items()}, dict.fromkeys(PARTS, 0.0)
+        return found
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer to each prompt, with its text; what the reward made of them so far, and how many seconds that took beside generation."""
+
+    rollouts: list[Rollout]
+    prepared: list[Any]
+    overlapped: float
+
+
 @dataclass(frozen=True)
 class Actors:
     """Those who act in every iteration."""
@@ -74,16 +112,37 @@ class Actors:
     config: PpoStageConfig
     roles: Roles
     optimizers: dict[str, Optimizer]
-    score: Scores
+    reward: Reward
     world: World
+    clock: Clock = field(default_factory=Clock)
 
-    def answer(self, prompts: Sequence[TokenPrompt], seeds: Sequence[int]) -> list[Rollout]:
-        """One answer to each prompt by the policy as it is now: the engine runs the very weights that are trained."""
+    def answer(self, prompts: Sequence[TokenPrompt], seeds: Sequence[int], samples: int = 1) -> Answers:
+        """One answer to each prompt by the policy as it is now: the engine runs the very weights that are trained.
+
+        With `reward.overlap` the reward works on the answers to a prompt (`samples` neighbours) once they have ended, while others go on.
+        """
         config, opened = self.config, self.roles.policy
+        found: dict[int, Rollout] = {}
+
+        def work(indices: list[int]) -> list[tuple[Rollout, Any]]:
+            rollouts = [replace(found[i], text=opened.text().decode(found[i].tokens)) for i in indices]
+            return list(zip(rollouts, self.reward.prepare(rollouts, [prompts[i] for i in indices]), strict=True))
+
         engine = Engine(self.roles.model, config.rollout.running)
-        with engine.hold():
-            rollouts = engine.generate([p.tokens for p in prompts], sampling_of(config.sampling, opened), seeds)
-        return [replace(r, text=opened.text().decode(r.tokens)) for r in rollouts]
+        self.clock.lap("idle")
+        with Beside(work, len(prompts), samples if config.reward.overlap else len(prompts)) as beside:
+
+            def finished(i: int, rollout: Rollout) -> None:
+                found[i] = rollout
+                beside.done(i)
+
+            with engine.hold():
+                engine.generate([p.tokens for p in prompts], sampling_of(config.sampling, opened), seeds, finished)
+            self.clock.lap("generate")
+            rollouts, prepared = zip(*beside.results(), strict=True)
+        waited = time.perf_counter() - self.clock.last
+        self.clock.lap("reward")
+        return Answers(list(rollouts), list(prepared), max(beside.seconds - waited, 0.0))
 
     def update(self, chosen: Sequence[Experience], mixed: Sequence[Sample], step: int, number: int, total: int) -> dict[str, float]:
         """Update `number` of `total`, of the policy and then of the critic."""
@@ -193,23 +252,27 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     order |= {"rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
     order |= {"data": items_fingerprint(prompts.train)}
     source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, config.batch.max_tokens)
-    with Run("ppo", config.run, to_yaml(config), world) as run, open_reward(*source) as score:
+    with Run("ppo", config.run, to_yaml(config), world) as run, open_reward(*source) as reward:
         done = resume(run, order, trained, optimizers, lambda state: learning.restore(config.ppo, state))
         if run.finished(done, total):
             return
         run.begin(done, total, parents(config, roles.policy))
         for note in (*prompts.notes, *(f"data.ptx: {note}" for note in ptx.notes)):
             run.say(note)
-        actors = Actors(config, roles, optimizers, score, world)
+        actors = Actors(config, roles, optimizers, reward, world)
         for step in range(done + 1, total + 1):
             values, lines = iterate(actors, learning, prompts.train, ptx.train, step, total)
             run.log(step, values)
             run.samples(step, lines)
             stopping = run.stopping
             if prompts.held_out and run.due(config.run.eval_every, step) and not stopping:
+                actors.clock.lap("idle")
                 run.log(step, held_out_values(actors, prompts.held_out), "eval")
+                actors.clock.skip()
             if run.due(config.run.save_every, step) or stopping:
+                actors.clock.lap("idle")
                 save(run, step, order, trained, optimizers, {"kl_coefficient": learning.kl_coefficient})
+                actors.clock.lap("save")
             if stopping and step < total:
                 raise run.interrupted(step)
         publish(run.folder / "model", roles.policy, roles.model.role, config.model.adapter)
@@ -221,13 +284,14 @@ def iterate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One iteration; returns its metrics, and a line for each answer."""
     config, roles = actors.config, actors.roles
-    clock = [time.perf_counter()]
+    began = time.perf_counter()
     limit = None if config.run.epochs is None else total_samples(len(prompts), config.run.epochs)
     indices = step_indices(config.run.seed, step - 1, len(prompts), config.rollout.prompts, limit)
     asked = [prompts[i] for i in indices for _ in range(config.rollout.samples)]
-    rollouts = actors.answer(asked, [key(config.run.seed, "rollout", step, j) for j in range(len(asked))])
-    clock.append(time.perf_counter())
-    scores = actors.score(rollouts, asked)
+    answers = actors.answer(asked, [key(config.run.seed, "rollout", step, j) for j in range(len(asked))], config.rollout.samples)
+    rollouts, shared = answers.rollouts, actors.reward.shared
+    scores = shared or actors.reward.finish(answers.prepared)
+    actors.clock.lap("reward")
     experience, values = appraise(
         rollouts,
         scores,
@@ -240,15 +304,14 @@ def iterate(
         max_tokens=config.batch.max_tokens,
         world=actors.world,
     )
-    clock.append(time.perf_counter())
+    actors.clock.lap("score")
     values |= replay(actors, experience, ptx, step, total) | {"kl_coefficient": learning.kl_coefficient}
-    clock.append(time.perf_counter())
+    actors.clock.lap("update")
     learning.adapt(config.ppo, values["kl"], len(rollouts))
     tokens = sum(len(e) for e in experience)
-    names = ("generate_seconds", "appraise_seconds", "train_seconds")
-    values |= {name: after - before for name, before, after in zip(names, clock, clock[1:], strict=False)}
-    values |= {"tokens": tokens, "tokens_per_second": tokens / (clock[-1] - clock[0])}
-    return values, [sample_line(p, r, s) for p, r, s in zip(asked, rollouts, scores, strict=True)]
+    values |= actors.clock.read() | {"reward_overlapped_seconds": answers.overlapped, "peak_memory_mb": peak_memory_mb(actors.world.device)}
+    values |= {"tokens": tokens, "tokens_per_second": tokens / (time.perf_counter() - began)}
+    return values, [sample_line(p, r, e.score) for p, r, e in zip(asked, rollouts, experience, strict=True)]
 
 
 def replay(actors: Actors, experience: Sequence[Experience], ptx: Sequence[Sample], step: int, total: int) -> dict[str, float]:
@@ -276,13 +339,15 @@ def replay(actors: Actors, experience: Sequence[Experience], ptx: Sequence[Sampl
 
 def held_out_values(actors: Actors, prompts: Sequence[TokenPrompt]) -> dict[str, float]:
     """Score, length and share of stopped answers on held-out prompts, one answer each."""
-    rollouts = actors.answer(prompts, [key(actors.config.run.seed, "held-out", i) for i in range(len(prompts))])
-    scores = actors.score(rollouts, prompts)
+    actors = replace(actors, clock=Clock())
+    answers = actors.answer(prompts, [key(actors.config.run.seed, "held-out", i) for i in range(len(prompts))])
+    rollouts, scores = answers.rollouts, actors.reward.finish(answers.prepared)
     count = len(rollouts)
     return {
         "score": sum(scores) / count,
         "response_length": sum(len(r.tokens) for r in rollouts) / count,
         "stopped": sum(r.finish == "stop" for r in rollouts) / count,
+        "seconds": sum(actors.clock.read().values()),
     }
 
 

@@ -139,7 +139,9 @@ MORE = (
     Plot("Learning rate", ("lr", "critic_lr")),
     Plot("Gradient norm", ("grad_norm", "critic_grad_norm"), "before clipping"),
     Plot("Speed", ("tokens_per_second",), "tokens per second"),
-    Plot("Seconds per iteration", ("generate_seconds", "appraise_seconds", "train_seconds")),
+    Plot("Seconds per iteration", ("generate_seconds", "score_seconds", "update_seconds"), "score: log-probabilities and values"),
+    Plot("Seconds around it", ("reward_seconds", "save_seconds", "idle_seconds"), "reward: what was waited for after the last answer"),
+    Plot("Peak memory", ("peak_memory_mb",), "MiB, since the process began"),
 )
 TITLES = {
     "sft": "Supervised fine-tuning",

@@ -1,7 +1,7 @@
 """Answers from the model being trained, many at once. One rule: schedule, run, collect; a request's answer never depends on the others."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -28,6 +28,7 @@ class Work:
     prompts: list[list[int]]
     seeds: list[int]
     sampling: Sampling
+    finished: Callable[[int, Rollout], None] | None = None
     waiting: deque[int] = field(init=False)
     answers: dict[int, Rollout] = field(default_factory=dict)
 
@@ -156,8 +157,16 @@ class Engine:
             self.memory = self.decoder = None
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Rollout]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        finished: Callable[[int, Rollout], None] | None = None,
+    ) -> list[Rollout]:
         """One answer per prompt, in the prompts' order. Request i's draws are keyed by `seeds[i]` alone; equal prompts are read once.
+
+        `finished` is told each request's number and answer as soon as it has ended, while others go on.
 
         Raises ValueError for an empty prompt or a token outside the vocabulary, RunError when the model's numbers are not finite.
         """
@@ -166,7 +175,7 @@ class Engine:
         if _state(self.model.decoder) != self.state:
             raise RuntimeError("the weights changed since `with engine.hold():`; hold anew after each update")
         _check(prompts, seeds, self.model.decoder.config.vocab_size)
-        work = Work([list(p) for p in prompts], list(seeds), sampling)
+        work = Work([list(p) for p in prompts], list(seeds), sampling, finished)
         weight = self.model.decoder.embed.weight
         rows, blocks = min(self.running, len(prompts)), self.model.decoder.config.blocks is not None
         running = Running(rows, sampling.max_new_tokens, accumulation_dtype(weight.dtype), weight.device, blocks)
@@ -252,6 +261,8 @@ def _collect(work: Work, running: Running, memory: Memory, logits: Tensor, stops
             raise RunError(f"the model's logits are not finite for prompt {request}: its weights have diverged or were damaged")
         finish: Literal["stop", "length"] = "stop" if answer[-1] in sampling.stop else "length"
         work.answers[request] = Rollout(work.prompts[request], answer, chosen.tolist(), finish)
+        if work.finished is not None:
+            work.finished(request, work.answers[request])
     running.remove(gone, memory)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -21,6 +21,14 @@ from trueline.train.step import Totals, average
 
 Reference = Callable[[Batch, float], Tensor]
 """Batch and temperature -> log-probabilities `[T]`, zero on untrained tokens; a LanguageModel is one."""
+
+
+@dataclass(frozen=True)
+class ModelScores:
+    """A reward model that reads the very tokens that were sampled, so it takes part in the pass over them."""
+
+    scorer: Scorer
+    finish: Callable[[list[float]], list[float]]  # scales and clips
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def pack_experience(items: Sequence[Experience]) -> ExperienceBatch:
 @torch.no_grad()
 def appraise(
     rollouts: Sequence[Rollout],
-    scores: Sequence[float],
+    scores: Sequence[float] | ModelScores,
     policy: LanguageModel,
     reference: Reference,
     critic: Scorer,
@@ -80,16 +88,22 @@ def appraise(
 ) -> tuple[list[Experience], dict[str, float]]:
     """Log-probabilities, values, rewards and advantages of this rank's rollouts, and metrics over every rank's.
 
-    `scores`: one finite number per rollout. It is paid at the answer's last token, be that a stop token or not, less `ppo.no_stop_penalty`
-    where it is not. Every answer token is charged `kl_coefficient` times log p - log reference. `temperature` is the rollouts': all
-    log-probabilities are of the distribution they were sampled from, before truncation. `max_tokens` bounds a micro-batch.
+    `scores`: one finite number per rollout, or the model that gives them. It is paid at the answer's last token, be that a stop token or
+    not, less `ppo.no_stop_penalty` where it is not. Every answer token is charged `kl_coefficient` times log p - log reference.
+    `temperature` is the rollouts': all log-probabilities are of the distribution they were sampled from, before truncation. `max_tokens`
+    bounds a micro-batch.
     The modules are in eval mode. Raises RunError naming the first rollout with a number that is not finite.
     """
-    _check_scores(rollouts, scores)
     blocks = policy.decoder.config.blocks
     samples = [answered(r.prompt, r.tokens, blocks) for r in rollouts]
     lengths = [len(s) for s in samples]
-    logprobs, ref_logprobs, values = _measure(samples, policy, reference, critic, temperature, max_tokens, world.device)
+    judge = scores.scorer if isinstance(scores, ModelScores) else None
+    if not isinstance(scores, ModelScores):
+        _check_scores(rollouts, scores)  # before the work
+    (logprobs, ref_logprobs, values), found = _measure(samples, policy, reference, critic, judge, temperature, max_tokens, world.device)
+    if isinstance(scores, ModelScores):
+        scores = scores.finish(found)
+        _check_scores(rollouts, scores)
     trained = torch.tensor([t for s in samples for t in s.trained], dtype=torch.bool)
     rollout_logprobs = torch.zeros_like(logprobs).masked_scatter(
         trained, torch.tensor([x for r in rollouts for x in r.logprobs], dtype=logprobs.dtype)
@@ -130,19 +144,33 @@ def _measure(
     policy: LanguageModel,
     reference: Reference,
     critic: Scorer,
+    judge: Scorer | None,
     temperature: float,
     max_tokens: int,
     device: torch.device,
-) -> list[Tensor]:
-    """Policy log-probabilities, reference log-probabilities and values of all samples, packed in their order: three `[T]` on the CPU."""
+) -> tuple[list[Tensor], list[float]]:
+    """Policy log-probabilities, reference log-probabilities and values of all samples, packed in their order: three `[T]` on the CPU; and
+    the reward model's score of each sample's last token.
+
+    Every role reads the same packed batch, and those on the policy's trunk the same embeddings.
+    """
     parts: list[list[Tensor]] = [[torch.empty(0)] * len(samples) for _ in range(3)]
+    scores = [0.0] * len(samples)
     for indices in plan([len(s) for s in samples], max_tokens)[0]:
-        batch = pack([samples[i] for i in indices]).to(device)
-        found = policy(batch, temperature), reference(batch, temperature), values_before(critic(batch), batch)
+        plain = pack([samples[i] for i in indices]).to(device)
+        shared = replace(plain, embedded=policy.decoder.embed(plain.tokens))
+
+        def seen(role: object, plain: Batch = plain, shared: Batch = shared) -> Batch:
+            return shared if getattr(role, "decoder", None) is policy.decoder else plain
+
+        found = policy(shared, temperature), reference(seen(reference), temperature), values_before(critic(seen(critic)), plain)
         for part, column in zip(parts, found, strict=True):
-            for i, piece in zip(indices, column.cpu().split(batch.lengths), strict=True):
+            for i, piece in zip(indices, column.cpu().split(plain.lengths), strict=True):
                 part[i] = piece
-    return [torch.cat(part) for part in parts]
+        if judge is not None:
+            for i, score in zip(indices, judge(seen(judge))[plain.ends()].tolist(), strict=True):
+                scores[i] = score
+    return [torch.cat(part) for part in parts], scores
 
 
 def _metrics(
