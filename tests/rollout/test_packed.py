@@ -25,6 +25,10 @@ CONFIGS = {
     "interleaved_qk_norm": replace(CONFIG, rope="interleaved", rope_dim=4, qk_norm=True, post_norms=True, norm_eps=1e-3),
     "yarn": replace(CONFIG, rope_scaling=RopeScaling("yarn", 4.0, 16, 1, 32, 1.2)),
     "windows": replace(CONFIG, windows=(None, 3)),
+    "chatglm": replace(
+        CONFIG, num_kv_heads=6, o_bias=True, mlp_bias=True, rope_rows=True, norm="layer", gated=False, residual_scale=56**0.5,
+        prefix_shifts=False, norm_eps=1e-3,
+    ),
     "still_prefix": replace(CONFIG, prefix_shifts=False),
 }
 ADAPTERS = {
@@ -54,6 +58,8 @@ def make(config: DecoderConfig, adapter: str = "base") -> tuple[Decoder, str | N
 def difference(decoder: Decoder, role: str | None, lengths: list[int]) -> float:
     """Largest difference of logits relative to their spread."""
     layout = Packed.of(lengths)
+    if decoder.config.rope_rows:  # contexts seen both ways, and two rows of positions
+        layout = Packed.of(lengths, [n // 2 for n in lengths], anchors=[n // 3 or None for n in lengths])
     tokens = torch.randint(0, 70, (sum(lengths),), generator=torch.Generator().manual_seed(2))
     wide = decoder.double().eval()
     expected = wide.head(wide(tokens, layout, role))  # type: ignore[misc]
