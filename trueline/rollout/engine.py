@@ -198,8 +198,8 @@ class Engine:
 
         `finished` is told each request's number and answer as soon as it has ended, while others go on.
 
-        Raises ValueError for an empty prompt or a token outside the vocabulary, RunError when the model's numbers are not finite or when one
-        request's keys and values do not fit in the budget.
+        Raises ValueError for an empty prompt or a token outside the vocabulary, RunError when the model's numbers are not finite or when
+        one request's keys and values do not fit in the budget.
         """
         if self.decoder is None:
             raise RuntimeError("Engine.generate() needs memory: call it inside `with engine.hold():`")
@@ -226,37 +226,48 @@ class Engine:
 
     def _run(self, work: Work, running: Running, memory: Memory, joining: dict[int, int], reading: list[int]) -> Tensor:
         """One forward over the running requests' newest tokens and the admitted prompts -> logits `[rows, V]` of what comes next."""
-        decoder, role = cast(Decoder | PackedDecoder, self.decoder), self.model.role
-        old, config, admitted = len(running), decoder.config, [*joining, *reading]
+        decoder, old, admitted = cast(Decoder | PackedDecoder, self.decoder), len(running), [*joining, *reading]
         # who joins reads the prompt's last token again: the first token of the answer follows from its state
         joined = list(range(old, old + len(joining)))
         memory.share(list(joining.values()), joined, [len(work.prompts[i]) - 1 for i in joining])
         running.add(admitted, work)
-        contexts, anchors = _place(config, running, [work.prompts[i] for i in admitted], len(reading))
+        contexts, anchors = _place(decoder.config, running, [work.prompts[i] for i in admitted], len(reading))
         memory.reserve(running.rows, running.lengths, work.longest)
 
         old += len(joining)
-        places, longest = None if running.places is None else running.places[:old], max(running.lengths[:old], default=0)
-        decode = Decode.of(running.position[:old], longest, memory, set(config.windows) or {None}, self.front, places)
+        longest = max(running.lengths[:old], default=0)
+        inputs = tuple(x[:old] for x in (running.newest, running.position, running.places) if x is not None)
         if not reading:
-            hidden = decoder(running.newest[:old], decode, role)
-        else:
-            prompts = [work.prompts[i] for i in reading]
-            lengths = [len(p) for p in prompts]
-            prefill = Prefill.of(lengths, list(range(old, len(running))), memory, contexts, anchors)
-            read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
-            hidden = decoder(torch.cat((running.newest[:old], read)), Mixed.of(decode, prefill) if old else prefill, role)
-            ends = [old - 1 + end for end in accumulate(lengths)]
-            hidden = hidden[torch.tensor([*range(old), *ends], device=read.device)]
-        logits: Tensor = cast(nn.Linear, decoder.head)(hidden)
-        return logits.to(accumulation_dtype(logits.dtype))
+            return self._decode(memory, longest, *inputs)
+        prompts = [work.prompts[i] for i in reading]
+        lengths = [len(p) for p in prompts]
+        prefill = Prefill.of(lengths, list(range(old, len(running))), memory, contexts, anchors)
+        layout = Mixed.of(self._decoding(memory, longest, *inputs[1:]), prefill) if old else prefill
+        read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
+        hidden = decoder(torch.cat((running.newest[:old], read)), layout, self.model.role)
+        ends = [old - 1 + end for end in accumulate(lengths)]
+        return _logits(decoder, hidden[torch.tensor([*range(old), *ends], device=read.device)])
+
+    def _decode(self, memory: Memory, longest: int, newest: Tensor, position: Tensor, places: Tensor | None = None) -> Tensor:
+        """Logits after the running requests' newest tokens; tensors of N rows, `longest` as `Decode.of` has it."""
+        decoder = cast(Decoder | PackedDecoder, self.decoder)
+        return _logits(decoder, decoder(newest, self._decoding(memory, longest, position, places), self.model.role))
+
+    def _decoding(self, memory: Memory, longest: int, position: Tensor, places: Tensor | None = None) -> Decode:
+        windows: set[int | None] = set(self.model.decoder.config.windows) or {None}
+        return Decode.of(position, longest, memory, windows, self.front, places)
+
+
+def _logits(decoder: Decoder | PackedDecoder, hidden: Tensor) -> Tensor:
+    logits: Tensor = cast(nn.Linear, decoder.head)(hidden)
+    return logits.to(accumulation_dtype(logits.dtype))
 
 
 def _make_room(work: Work, running: Running, memory: Memory) -> int:
     """Sends the youngest requests back to wait until the others have pages for their newest token -> how many.
 
-    They begin again later: a request's draws are keyed by its seed, so it comes to the same answer. The oldest is never sent back, so each turn
-    of this ends in an answer.
+    They begin again later, and come to the same answer: draws are keyed by the request's seed. The oldest is never sent back, so there is
+    always one that comes to its end.
     """
     sent = 0
     while memory.missing(running.lengths) > memory.free:
@@ -270,7 +281,7 @@ def _make_room(work: Work, running: Running, memory: Memory) -> int:
 def _place(
     config: DecoderConfig, running: Running, prompts: list[list[int]], read: int
 ) -> tuple[list[int] | None, list[int | None] | None]:
-    """Notes context and anchor of the last rows, whose `prompts` these are -> those of the last `read`; None for a model that has neither."""
+    """Notes context and anchor of the last rows, of these `prompts` -> those of the last `read`; None for a model that has neither."""
     if running.places is None or config.blocks is None:
         return None, None
     found = [config.blocks.place(prompt) for prompt in prompts]

@@ -1,7 +1,7 @@
-"""Keys and values of the requests being answered, and the layouts that fill and read them. One rule: what requests have in common is stored once.
+"""Keys and values of the requests being answered, and the layouts that fill and read them. One rule: every way to store them answers alike.
 
-Slots are read as views. Pages are gathered a layer at a time on a CPU; a kernel reads them through their table. A learned prefix is in neither: it is
-read where the model has it.
+Slots are read as views; pages are gathered, one layer at a time, unless a kernel reads them through their table. A learned prefix is in
+neither: it is read where the model has it, once for all requests.
 """
 
 from dataclasses import dataclass
@@ -174,24 +174,24 @@ def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
 
 
 def needs_pages(bytes_per_token: int, budget: int, lengths: list[int], running: int) -> bool:
-    """Whether slots for the `running` longest requests, `lengths` tokens at most each, would take more than `budget` bytes.
+    """Whether slots for `running` of the requests, of `lengths` tokens at most, would take more than `budget` bytes.
 
-    A slot is as long as the longest request, so slots waste what answers leave unused, and cost nothing to find: they are taken where they fit.
+    A slot is as long as the longest request: it wastes what answers leave unused, and costs nothing to find. Slots are taken where they fit.
     """
     rows = min(running, len(lengths))
     return rows * max(lengths, default=0) * bytes_per_token > budget
 
 
 def make_memory(config: DecoderConfig, dtype: torch.dtype, device: torch.device, lengths: list[int], running: int, budget: int) -> Memory:
-    """Slots or pages for requests of at most `lengths` tokens, `running` at a time, in `budget` bytes. RunError if the longest has no room."""
+    """Slots or pages for `running` requests at a time, of at most `lengths` tokens. RunError if the longest alone is above `budget` bytes."""
     each = bytes_per_token(config, dtype)
     if not needs_pages(each, budget, lengths, running):
         return Slots(config, dtype, device)
     longest = -(-max(lengths) // PAGE) * PAGE * each
     if longest > budget:
         raise RunError(
-            f"keys and values of a request of {max(lengths)} tokens take {longest / 2**20:.1f} MiB, and {budget / 2**20:.1f} MiB are there for "
-            "them; lower sampling.max_new_tokens, or raise rollout.memory"
+            f"keys and values of a request of {max(lengths)} tokens take {longest / 2**20:.1f} MiB, and {budget / 2**20:.1f} MiB are there "
+            "for them; lower sampling.max_new_tokens, or raise rollout.memory"
         )
     # no more than all requests can fill
     return Pages(config, dtype, device, min(budget, sum(-(-n // PAGE) * PAGE * each for n in sorted(lengths)[-running:])))
@@ -248,7 +248,9 @@ class Decode:
     memory: Memory
     rows: Tensor  # 0 .. N - 1
     columns: Tensor  # where each token is stored [N]: how many stand before it
-    masks: dict[int | None, Tensor]  # by window: [N, G, 1, prefix and columns read], minus infinity where a request's newest token does not look
+    lengths: Tensor  # tokens stored of each, the newest included [N] int32
+    # by window: [N, G, 1, prefix and columns read], minus infinity where a request's newest token does not look
+    masks: dict[int | None, Tensor]
     longest: int  # columns read
 
     @staticmethod
@@ -266,7 +268,7 @@ class Decode:
             mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
             # repeated for each head once, for all layers
             masks[window] = mask[:, None, None].expand(-1, memory.keys.shape[2], -1, -1).contiguous()
-        return Decode(positions, memory, torch.arange(len(index), device=device), index, masks, longest)
+        return Decode(positions, memory, torch.arange(len(index), device=device), index, (index + 1).int(), masks, longest)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         self.memory.write(layer, self.rows, self.columns, k, v)

@@ -36,7 +36,7 @@ class PackedDecoder(nn.Module):
         self.embed = decoder.embed
         self.order = _channel_order(config)
         self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order) for block in decoder.layers)
-        self.end, after = _fold(cast(nn.RMSNorm | nn.LayerNorm, decoder.norm), config)
+        self.end, after = _fold(decoder.norm, config)
         self.head = PackedHead(cast(nn.Linear, decoder.head).weight * after)
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
         self.prefix = None if prefix is None else (prefix.keys.detach()[..., self.order], prefix.values.detach())
