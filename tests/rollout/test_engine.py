@@ -22,6 +22,12 @@ PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5], [8, 9], [7, 9, 3, 2]]
 STOP = frozenset({0, 11, 17})
 
 
+@pytest.fixture(autouse=True)
+def pack_for_short_answers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trueline.rollout.engine.PAYS", 1)
+
+
+
 def make(role: str | None = None, dtype: torch.dtype = torch.float64) -> LanguageModel:
     decoder = Decoder(CONFIG).to(dtype)
     init_weights(decoder, torch.Generator().manual_seed(0))

@@ -14,7 +14,7 @@ from trueline.model.decoder import Decoder, DecoderConfig, Prefix
 from trueline.model.heads import LanguageModel, accumulation_dtype
 from trueline.model.layout import places_of
 from trueline.rollout.memory import Decode, Memory, Mixed, Prefill, free_memory, make_memory
-from trueline.rollout.packed import PackedDecoder, can_pack
+from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
 
 PROMPT_TOKENS = 8192  # prompt tokens in one forward, unless a single prompt is longer: bounds the activations
@@ -150,7 +150,8 @@ class Running:
 class Engine:
     """Answers prompts with `model`, at most `running` at a time. Key/value memory exists inside `hold()` only.
 
-    `budget`: bytes for keys and values, by default half of what is free when they are made. `packed`: whether the weights may be packed.
+    `budget`: bytes for keys and values, by default half of what is free when they are made. `packed`: whether the weights may be packed
+    (in float32 on the CPU, where answers may have `packed.PAYS` tokens or more).
 
     >>> with engine.hold():
     ...     rollouts = engine.generate([[5, 6, 7], [8, 9]], Sampling(max_new_tokens=64, stop=frozenset({2})), seeds=[11, 12])
@@ -172,15 +173,14 @@ class Engine:
     def hold(self) -> Iterator[None]:
         """Takes the weights as they are now, and makes room for keys and values as needed; all of it is let go at the end of the `with`.
 
-        In float32 on the CPU the weights are packed: as much memory again as the model's, for the length of the `with`. Elsewhere, and
-        with `packed=False`, the weights that answer are those that are trained, in the same memory.
+        Packed weights are made when first needed and take as much memory again as the model's. All others that answer are those that are
+        trained, in the same memory.
         """
         if self.decoder is not None:
             raise RuntimeError("Engine.hold() is already active")
         decoder, role = self.model.decoder, self.model.role
+        self.decoder, self.state = decoder, _state(decoder)
         self.front = cast(Prefix, decoder.prefixes[role]).keys.shape[1] if role is not None and role in decoder.prefixes else 0
-        self.decoder = PackedDecoder(decoder, role) if self.packed and can_pack(decoder) else decoder
-        self.state = _state(decoder)
         try:
             yield
         finally:
@@ -206,6 +206,8 @@ class Engine:
         if _state(self.model.decoder) != self.state:
             raise RuntimeError("the weights changed since `with engine.hold():`; hold anew after each update")
         _check(prompts, seeds, self.model.decoder.config.vocab_size)
+        if self.packed and self.decoder is self.model.decoder and can_pack(self.decoder) and sampling.max_new_tokens >= PAYS:
+            self.decoder = PackedDecoder(self.decoder, self.model.role)
         work = Work([list(p) for p in prompts], list(seeds), sampling, finished)
         config, weight = self.model.decoder.config, self.model.decoder.embed.weight
         rows = min(self.running, len(prompts))

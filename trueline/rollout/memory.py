@@ -176,14 +176,14 @@ def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
 def needs_pages(bytes_per_token: int, budget: int, lengths: list[int], running: int) -> bool:
     """Whether slots for `running` of the requests, of `lengths` tokens at most, would take more than `budget` bytes.
 
-    A slot is as long as the longest request: it wastes what answers leave unused, and costs nothing to find. Slots are taken where they fit.
+    A slot is as long as the longest request: it wastes what answers leave unused, and costs nothing to find: taken where it fits.
     """
     rows = min(running, len(lengths))
     return rows * max(lengths, default=0) * bytes_per_token > budget
 
 
 def make_memory(config: DecoderConfig, dtype: torch.dtype, device: torch.device, lengths: list[int], running: int, budget: int) -> Memory:
-    """Slots or pages for `running` requests at a time, of at most `lengths` tokens. RunError if the longest alone is above `budget` bytes."""
+    """Slots or pages for `running` requests at a time, of at most `lengths` tokens. RunError if one has no room in `budget`."""
     each = bytes_per_token(config, dtype)
     if not needs_pages(each, budget, lengths, running):
         return Slots(config, dtype, device)

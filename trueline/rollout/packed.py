@@ -15,6 +15,7 @@ from trueline.model.adapters import low_ranks
 from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix, rotation
 from trueline.model.layout import Layout, Prefixed
 
+PAYS = 16  # tokens: packing costs as much time as it saves in about so many steps, on 25 million weights and 16 to 64 requests
 LARGE, SMALL, STEP = 256, 64, 8  # rows a kernel is called with: it is compiled for each number of rows, in about a millisecond
 
 
