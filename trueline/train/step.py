@@ -130,7 +130,7 @@ def count_items(batches: Sequence[B], count: Count[B], world: World) -> dict[str
 
 
 def _counted(found: dict[str, int], more: Mapping[str, int | Tensor]) -> dict[str, int]:
-    return {name: found.get(name, 0) + int(n) for name, n in more.items()}
+    return found | {name: found.get(name, 0) + int(n) for name, n in more.items()}
 
 
 def _everywhere(found: dict[str, int], world: World) -> dict[str, int]:
