@@ -1,6 +1,8 @@
-"""Generation beside transformers' `generate`: the same small random models, prompts and stop tokens, greedy. One rule: equal tokens first.
+"""Generation beside transformers' `generate` and `generate_batch`: the same random models, prompts and stop tokens, greedy. One rule: equal
+tokens first.
 
 Prints JSON lines and ends with a table. `python bench/rollout.py [--rounds N] [--threads N]`; about two minutes on two cores.
+`--models qwen2_25m` is a model of 25 million parameters; `--batching` adds transformers' continuous batching.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from trueline.families.folder import load_decoder, open_folder
 from trueline.model.heads import LanguageModel
@@ -35,6 +38,11 @@ SIZES = {
 }
 THEIRS = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {}),
+    "qwen2_25m": (
+        transformers.Qwen2Config,
+        transformers.Qwen2ForCausalLM,
+        {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6},
+    ),
     "glm": (transformers.GlmConfig, transformers.GlmForCausalLM, {"head_dim": 32, "attention_bias": True}),
 }
 
@@ -71,7 +79,7 @@ def models(kind: str, dtype: torch.dtype) -> tuple[LanguageModel, transformers.P
     """One random model: theirs, and ours read from the folder they save it to."""
     config_class, model_class, extra = THEIRS[kind]
     torch.manual_seed(0)
-    theirs = model_class(config_class(**SIZES, **extra)).to(dtype).eval()
+    theirs = model_class(config_class(**SIZES | extra)).to(dtype).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         return LanguageModel(load_decoder(open_folder(Path(folder)), dtype)), theirs
@@ -81,6 +89,23 @@ def ours_answer(model: LanguageModel, case: Case) -> list[list[int]]:
     engine = Engine(model, case.batch)
     with engine.hold():
         return [r.tokens for r in engine.generate(case.prompts, case.sampling, list(range(len(case.prompts))))]
+
+
+def batched_answer(model: transformers.PreTrainedModel, case: Case) -> list[list[int]]:
+    """Their continuous batching, with as many blocks as `case.batch` requests can fill: by default it takes most of the free memory."""
+    new, size = case.sampling.max_new_tokens, 32
+    longest = max(map(len, case.prompts))
+    settings = ContinuousBatchingConfig(
+        page_size=size,
+        num_blocks=case.batch * (-(-(longest + new) // size) + 1),
+        max_batch_tokens=case.batch * longest,
+        max_requests_per_batch=case.batch,
+    )
+    stop = sorted(case.sampling.stop)
+    config = transformers.GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=stop or -1)
+    found = model.generate_batch(case.prompts, config, settings, progress_bar=False)
+    answers = [found[name].generated_tokens for name in sorted(found, key=lambda name: int(name.rsplit("_", 1)[1]))]
+    return [answer[: next((i + 1 for i, t in enumerate(answer) if t in stop), len(answer))] for answer in answers]
 
 
 @torch.inference_mode()
@@ -103,14 +128,14 @@ def theirs_answer(model: transformers.PreTrainedModel, case: Case) -> list[list[
     return answers
 
 
-def timed(answer: Callable[[], list[list[int]]]) -> tuple[float, float, list[list[int]]]:
-    """Seconds on the wall, seconds of processor, and the answers."""
+def timed(answer: Callable[[], list[list[int]]]) -> tuple[float, float]:
+    """Seconds on the wall, and of processor."""
     wall, processor = time.perf_counter(), time.process_time()
-    answers = answer()
-    return time.perf_counter() - wall, time.process_time() - processor, answers
+    answer()
+    return time.perf_counter() - wall, time.process_time() - processor
 
 
-def compare(kind: str, case: Case, rounds: int) -> dict[str, object]:
+def compare(kind: str, case: Case, rounds: int, batching: bool) -> dict[str, object]:
     """Equality in float64, then float32 timings taken in turns."""
     model, peer = models(kind, torch.float64)
     few = Case(case.name, case.batch, case.prompts[: case.batch], case.sampling)
@@ -118,27 +143,33 @@ def compare(kind: str, case: Case, rounds: int) -> dict[str, object]:
         raise SystemExit(f"{kind} {case.name}: greedy tokens differ in float64")
     model, peer = models(kind, torch.float32)
     sides = {"trueline": lambda: ours_answer(model, case), "transformers": lambda: theirs_answer(peer, case)}
-    same = sides["trueline"]() == sides["transformers"]()  # also the warm-up
+    if batching:
+        sides["batching"] = lambda: batched_answer(peer, case)
+    found = {side: answer() for side, answer in sides.items()}  # also the warm-up
+    same = all(answers == found["trueline"] for answers in found.values())
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     processor: dict[str, list[float]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, answer in sides.items():
-            wall, spent, answers = timed(answer)
+            wall, spent = timed(answer)
             seconds[side].append(wall)
             processor[side].append(spent)
-    tokens = sum(map(len, answers))
+    tokens = sum(map(len, found["trueline"]))
     row: dict[str, object] = {
         "bench": "rollout", "model": kind, "case": case.name, "batch": case.batch, "requests": len(case.prompts), "tokens": tokens,
-        "longest": max(map(len, answers)), "identical_float64": True, "identical_float32": same, "threads": torch.get_num_threads(),
+        "longest": max(map(len, found["trueline"])), "identical_float64": True, "identical_float32": same,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
     median = {side: statistics.median(values) for side, values in seconds.items()}
+    spent = {side: statistics.median(values) for side, values in processor.items()}
     ratio = median["transformers"] / median["trueline"]
     # of processor time: says the same on a machine that others use, where the wall clock does not
-    processor_ratio = statistics.median(processor["transformers"]) / statistics.median(processor["trueline"])
+    processor_ratio = spent["transformers"] / spent["trueline"]
+    batched = {f"batching_{name}": x["batching"] / x["trueline"] for name, x in (("ratio", median), ("processor", spent)) if batching}
     for side, values in seconds.items():
         spread = {"seconds_median": median[side], "seconds_min": min(values), "seconds_max": max(values)}
         line = {**row, "side": side, **spread, "tokens_per_second": tokens / median[side], "load": os.getloadavg()[0]}
-        print(json.dumps({**line, "ratio": ratio, "processor_ratio": processor_ratio}), flush=True)
+        print(json.dumps({**line, "ratio": ratio, "processor_ratio": processor_ratio, **batched}), flush=True)
     return {**row, **{side: tokens / median[side] for side in sides}, "ratio": ratio, "processor_ratio": processor_ratio}
 
 
@@ -146,11 +177,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--batching", action="store_true")
+    parser.add_argument("--cases", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--models", nargs="+", default=["qwen2", "glm"], choices=sorted(THEIRS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
-    rows = [compare(kind, case, arguments.rounds) for kind in arguments.models for case in cases()]
+    chosen = [cases()[number] for number in arguments.cases]
+    rows = [compare(kind, case, arguments.rounds, arguments.batching) for kind in arguments.models for case in chosen]
     print("\ntokens per second; ratio of wall time, and of processor time")
     print(f"{'model':8}{'case':10}{'batch':>6}{'requests':>10}{'transformers':>14}{'trueline':>10}{'ratio':>8}{'processor':>11}")
     for row in rows:

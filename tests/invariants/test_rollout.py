@@ -37,6 +37,12 @@ SAMPLINGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def pack_for_short_answers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trueline.rollout.engine.PAYS", 1)
+
+
+
 def make(config: DecoderConfig, adapter: str, dtype: torch.dtype = torch.float64) -> LanguageModel:
     decoder = Decoder(config)
     init_weights(decoder, torch.Generator().manual_seed(0))

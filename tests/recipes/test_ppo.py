@@ -66,7 +66,7 @@ def config_of(toys: Toys, tmp_path: Path, **sections: Any) -> PpoStageConfig:
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_starts_where_the_policy_is(loop: Loop, kind: str, dtype: str, rounding: float) -> None:
     """The first ratio is one, the first KL zero; and every iteration learns from the distribution that was sampled."""
-    tempered = ["sampling.temperature=0.7", "sampling.top_p=0.9", "sampling.top_k=50"]
+    tempered = ["rollout.logprob_check=1", "sampling.temperature=0.7", "sampling.top_p=0.9", "sampling.top_k=50"]
     folder = loop(*KINDS[kind], f"model.dtype={dtype}", "ppo.epochs=1", "ppo.minibatches=1", "run.steps=3", *tempered)
     first, second, third = metrics(folder)
     for line in (first, second, third):
@@ -74,6 +74,31 @@ def test_it_starts_where_the_policy_is(loop: Loop, kind: str, dtype: str, roundi
         assert abs(line["policy_kl"]) < rounding / 100 and line["clip_fraction"] == 0 and line["updates"] == 1
         assert abs(line["policy_loss"]) < 1e-5  # minus the mean of whitened advantages
     assert first["kl"] == 0 and second["kl"] != 0 and third["kl"] > 0
+
+
+def test_the_rollouts_own_log_probabilities_serve_where_they_are_the_same(loop: Loop) -> None:
+    """Measured first and every so often; what is learned is what is learned from training's, to rounding."""
+    settings = ["model.dtype=float64", "run.steps=5"]
+    served, scored, strict = (
+        loop(*settings, more) for more in ("rollout.logprob_check=3", "rollout.logprob_check=1", "rollout.logprob_gap=1e-30")
+    )
+    assert [line["rollout_logprobs"] for line in metrics(served)] == [0, 1, 1, 0, 1]
+    assert [line["rollout_logprobs"] for line in metrics(scored)] == [line["rollout_logprobs"] for line in metrics(strict)] == [0] * 5
+    for line, other in zip(metrics(served), metrics(scored), strict=True):
+        for name in ("kl", "reward", "policy_loss", "value_loss", "policy_kl", "grad_norm"):
+            assert line[name] == pytest.approx(other[name], rel=1e-6, abs=1e-9), name
+        assert 0 < line["logprob_gap"] <= line["logprob_gap_max"] < 1e-10
+
+
+def test_memory_and_packing_change_no_answer(loop: Loop) -> None:
+    settings = ["model.dtype=float64", "sampling.max_new_tokens=20", "run.steps=2"]
+    plain, small = (
+        [(line["prompt"], line["tokens"]) for line in records(loop(*settings, *more) / "samples.jsonl")]
+        for more in ([], ["rollout.packed=false", "rollout.memory=0.00004"])
+    )
+    assert plain == small
+    refused = loop.trueline("ppo", loop.toys.config("ppo"), f"run.output={loop.home / 'none'}", *settings, "rollout.memory=1e-9")
+    assert "rollout.memory" in refused.refused(1)
 
 
 def test_every_answer_is_in_samples(loop: Loop, toys: Toys) -> None:

@@ -14,11 +14,18 @@ from trueline.model.batch import pack
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.heads import LanguageModel
 from trueline.rollout.engine import Engine
+from trueline.rollout.memory import PAGE, Pages, Slots, bytes_per_token
 from trueline.rollout.sampling import Rollout, Sampling
 
 CONFIG = DecoderConfig(vocab_size=40, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=24, init_std=0.4)
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5, 3, 5], [8, 9], [7, 9, 3, 2]]
 STOP = frozenset({0, 11, 17})
+
+
+@pytest.fixture(autouse=True)
+def pack_for_short_answers_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trueline.rollout.engine.PAYS", 1)
+
 
 
 def make(role: str | None = None, dtype: torch.dtype = torch.float64) -> LanguageModel:
@@ -168,7 +175,7 @@ def test_equal_prompts_are_read_once() -> None:
     prompts = [PROMPTS[2], PROMPTS[0], PROMPTS[2], PROMPTS[2], PROMPTS[2]]
     answers: list[Rollout] = []
     seen = work(model, lambda: answers.extend(generate(model, prompts, Sampling(6))))
-    assert seen == [10, 5, 5, 5, 5, 5]
+    assert seen == [7 + 3, 1 + 1 + 3, 5, 5, 5, 5, 3]  # the three others join a step later, with one token
     assert len({tuple(answers[i].tokens) for i in (0, 2, 3, 4)}) == 4
     for i, answer in enumerate(answers):
         engine = Engine(model)
@@ -223,3 +230,84 @@ def test_numbers_that_are_not_finite_end_the_run(bad: float, sampling: Sampling)
         model.decoder.norm.weight[0] = bad
     with pytest.raises(RunError, match="not finite"):
         generate(model, PROMPTS, sampling)
+
+
+def fill(
+    model: LanguageModel, prompts: list[list[int]], sampling: Sampling, running: int, pages: int | None
+) -> tuple[list[Rollout], Engine]:
+    """Answers with so many pages of memory, or with slots."""
+    each = PAGE * bytes_per_token(CONFIG, model.decoder.embed.weight.dtype)
+    engine = Engine(model, running, budget=None if pages is None else pages * each)
+    with engine.hold():
+        found = engine.generate(prompts, sampling, list(range(len(prompts))))
+        memory = engine.memory
+        assert isinstance(memory, Slots if pages is None else Pages)
+        if isinstance(memory, Pages):
+            assert memory.total == memory.free == pages and not any(memory.users)  # all given back
+    return found, engine
+
+
+@pytest.mark.parametrize("adapter", ["base", "ptuning"])
+@pytest.mark.parametrize("pages", [3, 4, 7, 11])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["shared", "packed"])
+def test_pages_answer_as_slots_do(dtype: torch.dtype, pages: int, adapter: str) -> None:
+    """Down to what a single request needs: the others wait, or begin again, and nobody's answer changes."""
+    model, sampling = make("policy" if adapter == "ptuning" else None, dtype), Sampling(26, stop=STOP)
+    if adapter == "ptuning":
+        add_adapter(model.decoder, "policy", AdapterConfig(kind="ptuning", tokens=3), 0)
+    draw = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 40, (n,), generator=draw).tolist() for n in (3, 17, 16, 1, 9, 5)]
+    prompts += [prompts[1]] * 3 + [prompts[0]] * 2
+    expected, _ = fill(model, prompts, sampling, 6, None)
+    found, engine = fill(model, prompts, sampling, 6, pages)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.tokens == theirs.tokens and mine.finish == theirs.finish
+        limit = 1e-12 if dtype == torch.float64 else 1e-5
+        assert max(abs(a - b) for a, b in zip(mine.logprobs, theirs.logprobs, strict=True)) < limit
+
+
+def test_who_runs_out_of_pages_begins_again() -> None:
+    """Short answers make the engine admit many; the long ones then need more than there is, and the youngest gives way."""
+    model = make()
+    prompts = [[5, i] for i in range(24)]
+    sampling = Sampling(60, stop=frozenset({0, 11}))
+    expected, _ = fill(model, prompts, sampling, 8, None)
+    found, engine = fill(model, prompts, sampling, 8, 9)
+    assert [r.tokens for r in found] == [r.tokens for r in expected]
+    assert engine.preempted > 0
+
+
+def test_a_request_that_can_never_fit_is_refused() -> None:
+    with pytest.raises(RunError, match="MiB are there"):
+        fill(make(), [[1] * 33], Sampling(16), 4, 3)
+
+
+def test_a_prompt_is_read_once_while_one_of_its_answers_runs() -> None:
+    """Eight answers each to five prompts in twelve rows: each prompt's tokens once, and one more token for each other answer."""
+    model, sampling = make(), Sampling(9)
+    prompts = [[7 + i] * (20 + i) for i in range(5) for _ in range(8)]
+    answers: list[Rollout] = []
+    seen = work(model, lambda: answers.extend(generate(model, prompts, sampling, running=12)))
+    assert sum(seen) == sum(20 + i for i in range(5)) + 5 * 7 + sum(len(r.tokens) - 1 for r in answers)
+    for i in (0, 11, 39):
+        engine = Engine(model)
+        with engine.hold():
+            assert engine.generate([prompts[i]], sampling, [i])[0].tokens == answers[i].tokens
+
+
+@pytest.mark.parametrize("pages", [None, 60])
+def test_a_learned_prefix_is_stored_once(pages: int | None) -> None:
+    """Key and value memory does not grow with the prefix: 48 tokens of it would be twice what 8 requests of 24 tokens have."""
+    model = make("policy")
+    prompts = [[i + 1] * 12 for i in range(8)]
+    bare, _ = _stored(model, prompts, pages)
+    add_adapter(model.decoder, "policy", AdapterConfig(kind="ptuning", tokens=48), 0)
+    assert _stored(model, prompts, pages)[0] == bare
+
+
+def _stored(model: LanguageModel, prompts: list[list[int]], pages: int | None) -> tuple[int, list[Rollout]]:
+    engine = Engine(model)
+    with engine.hold():
+        found = engine.generate(prompts, Sampling(12), list(range(len(prompts))))
+        assert engine.memory is not None
+        return engine.memory.keys.nbytes + engine.memory.values.nbytes, found

@@ -19,7 +19,7 @@ from trueline.model.layout import Packed
 from trueline.parallel.world import World
 from trueline.recipes.judges import score_samples
 from trueline.rollout.sampling import Rollout
-from trueline.train.experience import Experience, ModelScores, appraise, pack_experience
+from trueline.train.experience import Experience, ModelScores, appraise, pack_experience, rollout_suffices
 
 SIZES = DecoderConfig(vocab_size=17, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=12, init_std=0.7)
 COLUMNS = ("rollout_logprobs", "logprobs", "ref_logprobs", "values", "rewards", "advantages", "returns")
@@ -114,6 +114,36 @@ def test_appraisal_against_the_oracle(whitened: bool) -> None:
         assert experience.score == score and experience.stopped == (item.finish == "stop")
         for name in COLUMNS:
             np.testing.assert_allclose(getattr(experience, name).numpy(), row[name], rtol=0, atol=1e-10, err_msg=name)
+
+
+def test_rollouts_own_log_probabilities_in_place_of_a_pass() -> None:
+    """The policy is not run; all else is as if it had said what the rollouts say."""
+    items = rollouts(noise=0.0)
+    expected, told = judge(items)
+
+    class Silent(LanguageModel):
+        def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+            raise AssertionError("the policy was run")
+
+    settings = {"ppo": PPO, "kl_coefficient": KL, "temperature": TEMPERATURE, "max_tokens": 64, "world": World()}
+    silent, reference = Silent(decoder(1)), LanguageModel(decoder(2))
+    found, metrics = appraise(items, SCORES, silent, reference, critic(), rollout_logprobs_suffice=True, **settings)  # type: ignore[arg-type]
+    for a, b in zip(found, expected, strict=True):
+        for name in COLUMNS:
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=0, atol=1e-12)
+    assert told.keys() - metrics.keys() == {"logprob_gap", "logprob_gap_max"}
+    assert metrics == pytest.approx({name: told[name] for name in metrics}, abs=1e-12)
+    shifted, _ = appraise(rollouts(0.1), SCORES, silent, reference, critic(), rollout_logprobs_suffice=True, **settings)  # type: ignore[arg-type]
+    assert all(torch.equal(e.logprobs, e.rollout_logprobs) for e in shifted)
+
+
+@pytest.mark.parametrize(
+    ("step", "gap", "suffices"),
+    [(1, None, False), (2, None, False), (2, 1e-6, True), (10, 1e-4, True), (11, 1e-6, False), (12, 1.1e-4, False), (12, math.nan, False)],
+)
+def test_when_the_rollout_suffices(step: int, gap: float | None, suffices: bool) -> None:
+    assert rollout_suffices(step, gap, 1e-4, 10) == suffices
+    assert not rollout_suffices(step, gap, 1e-4, 1)
 
 
 def test_micro_batches_do_not_matter() -> None:

@@ -194,6 +194,16 @@ class RolloutConfig(Config):
     """Answers sampled per prompt."""
     running: int = Field(64, ge=1)
     """Answers generated at the same time (continuous batching)."""
+    memory: float | None = Field(None, gt=0)
+    """GiB for keys and values; none is half of what is free. Answers that do not fit wait."""
+    packed: bool = True
+    """In float32 on a CPU, answers of 16 tokens and more come from packed copies of the weights, made anew in every iteration: faster,
+    and as much memory again as the weights. false: from the trained weights themselves."""
+    logprob_gap: float = Field(1e-4, ge=0)
+    """Up to this mean difference from training's, the rollout's own log-probabilities are taken and the policy is not run again to score
+    its answers."""
+    logprob_check: int = Field(10, ge=1)
+    """The difference is measured in the first iteration and again after so many."""
 
 
 class SamplingConfig(Config):

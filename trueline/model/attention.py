@@ -84,6 +84,23 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> T
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
 
 
+def decode_prefixed(q: Tensor, prefix_keys: Tensor, prefix_values: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """`decode_attention` with `prefix_keys`, `prefix_values` `[P, G, d]` in front of every sequence, which are read once for all of them.
+
+    `mask` `[N, G, 1, P + s]`.
+    """
+    n, groups, front = len(q), keys.shape[1], len(prefix_keys)
+    asked = q.unflatten(1, (groups, -1))  # [N, G, H / G, d]
+    together = asked.transpose(0, 1).flatten(1, 2)  # [G, N x H / G, d]
+    before = torch.bmm(together, prefix_keys.to(q.dtype).permute(1, 2, 0)).unflatten(1, (n, -1)).transpose(0, 1)
+    own = torch.bmm(asked.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2)).unflatten(0, (n, groups))
+    scores = torch.cat((before, own), -1).mul_(q.shape[-1] ** -0.5).add_(mask)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    seen = torch.bmm(weights[..., front:].flatten(0, 1), values.flatten(0, 1)).view(asked.shape)
+    first = torch.bmm(weights[..., :front].transpose(0, 1).flatten(1, 2), prefix_values.to(q.dtype).transpose(0, 1))
+    return (seen + first.unflatten(1, (n, -1)).transpose(0, 1)).flatten(1, 2)
+
+
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`q` `[N, H, t, d]`, `k`, `v` `[N, G, s, d]`; causal without a mask."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] < SHORT:

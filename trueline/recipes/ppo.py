@@ -9,7 +9,7 @@ Left out: entropy bonus, several ranks, rollouts that run beside training.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +32,7 @@ from trueline.recipes.roles import Roles, open_roles, parents
 from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Rollout
 from trueline.train.beside import Beside
-from trueline.train.experience import Experience, ExperienceBatch, appraise, pack_experience
+from trueline.train.experience import Experience, ExperienceBatch, appraise, pack_experience, rollout_suffices
 from trueline.train.losses import adaptive_kl, kl, ppo_clipped, ppo_policy_loss, ppo_value_loss, sft_loss
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
 from trueline.train.run import Run
@@ -57,9 +57,11 @@ class Learning:
     """What PPO carries from iteration to iteration beside the weights; part of every checkpoint."""
 
     kl_coefficient: float
+    gaps: dict[str, float] = field(default_factory=dict)  # of the rollout's log-probabilities from training's, as measured last
 
     def restore(self, ppo: PpoConfig, state: Mapping[str, Any]) -> None:
         """A coefficient that does not adapt is the config's."""
+        self.gaps = dict(state.get("gaps", {}))
         if ppo.kl_target is not None:
             self.kl_coefficient = float(state["kl_coefficient"])
 
@@ -128,7 +130,8 @@ class Actors:
             rollouts = [replace(found[i], text=opened.text().decode(found[i].tokens)) for i in indices]
             return list(zip(rollouts, self.reward.prepare(rollouts, [prompts[i] for i in indices]), strict=True))
 
-        engine = Engine(self.roles.model, config.rollout.running)
+        rollout = config.rollout
+        engine = Engine(self.roles.model, rollout.running, None if rollout.memory is None else int(rollout.memory * 2**30), rollout.packed)
         self.clock.lap("idle")
         with Beside(work, len(prompts), samples if config.reward.overlap else len(prompts)) as beside:
 
@@ -271,7 +274,7 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
                 actors.clock.skip()
             if run.due(config.run.save_every, step) or stopping:
                 actors.clock.lap("idle")
-                save(run, step, order, trained, optimizers, {"kl_coefficient": learning.kl_coefficient})
+                save(run, step, order, trained, optimizers, asdict(learning))
                 actors.clock.lap("save")
             if stopping and step < total:
                 raise run.interrupted(step)
@@ -292,6 +295,7 @@ def iterate(
     rollouts, shared = answers.rollouts, actors.reward.shared
     scores = shared or actors.reward.finish(answers.prepared)
     actors.clock.lap("reward")
+    suffices = rollout_suffices(step, learning.gaps.get("logprob_gap"), config.rollout.logprob_gap, config.rollout.logprob_check)
     experience, values = appraise(
         rollouts,
         scores,
@@ -303,7 +307,11 @@ def iterate(
         temperature=config.sampling.temperature,
         max_tokens=config.batch.max_tokens,
         world=actors.world,
+        rollout_logprobs_suffice=suffices,
     )
+    if not suffices:
+        learning.gaps = {name: values[name] for name in ("logprob_gap", "logprob_gap_max")}
+    values |= learning.gaps | {"rollout_logprobs": float(suffices)}
     actors.clock.lap("score")
     values |= replay(actors, experience, ptx, step, total) | {"kl_coefficient": learning.kl_coefficient}
     actors.clock.lap("update")

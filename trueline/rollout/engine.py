@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, cast
 
@@ -11,50 +10,72 @@ import torch
 from torch import Tensor, nn
 
 from trueline.errors import RunError
-from trueline.model.decoder import Decoder, Prefix
+from trueline.model.decoder import Decoder, DecoderConfig, Prefix
 from trueline.model.heads import LanguageModel, accumulation_dtype
 from trueline.model.layout import places_of
-from trueline.rollout.memory import Decode, Memory, Mixed, Prefill
-from trueline.rollout.packed import PackedDecoder, can_pack
+from trueline.rollout.memory import Decode, Memory, Mixed, Prefill, free_memory, make_memory
+from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
 
 PROMPT_TOKENS = 8192  # prompt tokens in one forward, unless a single prompt is longer: bounds the activations
 
 
-@dataclass
 class Work:
     """What one `generate` call was asked, what waits, and what is done."""
 
-    prompts: list[list[int]]
-    seeds: list[int]
-    sampling: Sampling
-    finished: Callable[[int, Rollout], None] | None = None
-    waiting: deque[int] = field(init=False)
-    answers: dict[int, Rollout] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, finished: Callable[[int, Rollout], None] | None = None
+    ):
+        self.prompts, self.seeds, self.sampling, self.finished = prompts, seeds, sampling, finished
         # long prompts first: requests of like length run together, and equal prompts stand side by side
-        self.waiting = deque(sorted(range(len(self.prompts)), key=lambda i: (-len(self.prompts[i]), self.prompts[i], i)))
+        self.waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i)))
+        numbers: dict[tuple[int, ...], int] = {}
+        self.kinds = [numbers.setdefault(tuple(p), len(numbers)) for p in prompts]  # equal prompts, equal kinds
+        self.answers: dict[int, Rollout] = {}
+        self.answered = 0  # tokens of all answers
+        self.promised: dict[int, int] = {}  # pages each request was admitted with
 
     @property
     def longest(self) -> int:
         """Most tokens a request can come to have."""
         return max(len(p) for p in self.prompts) + self.sampling.max_new_tokens
 
-    def admit(self, room: int) -> list[list[int]]:
-        """Takes up to `room` waiting requests, those with equal prompts in one group."""
-        groups: list[list[int]] = []
-        tokens = 0
-        while self.waiting and room:
-            prompt = self.prompts[self.waiting[0]]
-            tokens += len(prompt)
-            if groups and tokens > PROMPT_TOKENS:
+    def expected(self, request: int) -> int:
+        """Tokens the request will have: its prompt, and as long an answer as the finished ones on average (at first, the longest)."""
+        most = self.sampling.max_new_tokens
+        return len(self.prompts[request]) + (-(-self.answered // len(self.answers)) if self.answers else most)
+
+    def admit(self, running: "Running", memory: Memory) -> tuple[dict[int, int], list[int]]:
+        """Takes waiting requests for the free rows: those that join a row which holds their prompt (request -> row), those whose is read.
+
+        A prompt is read by one request; the others wait for the next step, their rows kept free. Where memory is in pages, so many are
+        admitted as the pages are expected to serve: nobody is refused, he waits.
+        """
+        holders: dict[int, int | None] = {self.kinds[request]: row for row, request in enumerate(running.requests)}
+        joining: dict[int, int] = {}
+        reading: list[int] = []
+        later: list[int] = []
+        room, tokens = running.rows - len(running), 0
+        pages = min(memory.total - sum(self.promised[i] for i in running.requests), memory.free - memory.missing(running.lengths))
+        while self.waiting and len(joining) + len(reading) + len(later) < room:
+            request = self.waiting[0]
+            length, kind = len(self.prompts[request]), self.kinds[request]
+            price = memory.price(self.expected(request), length - 1 if kind in holders else 0)
+            if (price > pages and (len(running) or reading)) or (kind not in holders and reading and tokens + length > PROMPT_TOKENS):
                 break
-            groups.append([])
-            while self.waiting and room and self.prompts[self.waiting[0]] == prompt:
-                groups[-1].append(self.waiting.popleft())
-                room -= 1
-        return groups
+            self.waiting.popleft()
+            self.promised[request] = price
+            pages -= price
+            if kind not in holders:
+                holders[kind] = None  # from the next step on
+                reading.append(request)
+                tokens += length
+            elif (row := holders[kind]) is None:
+                later.append(request)
+            else:
+                joining[request] = row
+        self.waiting.extendleft(reversed(later))
+        return joining, reading
 
 
 class Running:
@@ -64,6 +85,7 @@ class Running:
         self.rows = rows
         self.requests: list[int] = []  # row -> request
         self.starts: list[int] = []  # row -> tokens it has, minus `steps`
+        self.begins: list[int] = []  # row -> step of its admission
         self.steps = 0
         self.newest = torch.zeros(rows, dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.newest)  # of the newest token
@@ -77,19 +99,24 @@ class Running:
         return len(self.requests)
 
     @property
-    def longest(self) -> int:
-        """Tokens of the longest request, the newest included."""
-        return max(self.starts, default=0) + self.steps
+    def lengths(self) -> list[int]:
+        """Tokens of each request, the newest included."""
+        return [start + self.steps for start in self.starts]
 
-    def add(self, requests: list[int], prompt_lengths: list[int], seeds: list[int]) -> None:
-        """Appends rows for requests whose prompts are being read."""
+    def add(self, requests: list[int], work: Work) -> None:
+        """Appends rows for requests whose prompts are being read, all of them or the last token."""
+        if not requests:
+            return
         device, rows = self.newest.device, slice(len(self), len(self) + len(requests))
+        lengths = [len(work.prompts[i]) for i in requests]
         self.requests += requests
-        self.starts += [n - self.steps for n in prompt_lengths]
-        self.position[rows] = torch.tensor(prompt_lengths, device=device) - 1
+        self.starts += [n - self.steps for n in lengths]
+        self.begins += [self.steps] * len(requests)
+        self.newest[rows] = torch.tensor([work.prompts[i][-1] for i in requests], device=device)
+        self.position[rows] = torch.tensor(lengths, device=device) - 1
         self.made[rows] = 0
         numbers = torch.arange(self.tokens.shape[1], device=device)
-        self.chances[rows] = uniforms(seed_tensor(seeds, device)[:, None], numbers)
+        self.chances[rows] = uniforms(seed_tensor([work.seeds[i] for i in requests], device)[:, None], numbers)
 
     def extend(self, tokens: Tensor, logprobs: Tensor) -> None:
         """Every request gets its next token."""
@@ -108,13 +135,13 @@ class Running:
         gaps = [row for row in gone if row < kept]
         dropped = set(gone)
         movers = [row for row in range(kept, len(self)) if row not in dropped]
+        memory.remove(gone, movers, gaps, max(self.lengths, default=0))
         if gaps:
             target, source = (torch.tensor(rows, device=self.newest.device) for rows in (gaps, movers))
-            memory.copy(source, target, self.longest)
             states = (self.newest, self.position, self.made, self.chances, self.tokens, self.logprobs)
             for state in states if self.places is None else (*states, self.places):
                 state[target] = state[source]
-        for listed in (self.requests, self.starts):
+        for listed in (self.requests, self.starts, self.begins):
             for gap, mover in zip(gaps, movers, strict=True):
                 listed[gap] = listed[mover]
             del listed[kept:]
@@ -123,34 +150,37 @@ class Running:
 class Engine:
     """Answers prompts with `model`, at most `running` at a time. Key/value memory exists inside `hold()` only.
 
+    `budget`: bytes for keys and values, by default half of what is free when they are made. `packed`: whether the weights may be packed
+    (in float32 on the CPU, where answers may have `packed.PAYS` tokens or more).
+
     >>> with engine.hold():
     ...     rollouts = engine.generate([[5, 6, 7], [8, 9]], Sampling(max_new_tokens=64, stop=frozenset({2})), seeds=[11, 12])
     """
 
-    def __init__(self, model: LanguageModel, running: int = 64):
+    def __init__(self, model: LanguageModel, running: int = 64, budget: int | None = None, packed: bool = True):
         if model.decoder.head is None:
             raise ValueError("a decoder without a vocabulary head cannot generate")
         if running < 1:
             raise ValueError(f"running must be at least 1, not {running}")
-        self.model, self.running = model, running
+        self.model, self.running, self.budget, self.packed = model, running, budget, packed
         self.decoder: Decoder | PackedDecoder | None = None
         self.state: list[tuple[int, int]] = []
+        self.front = 0  # tokens of the learned prefix
         self.memory: Memory | None = None
+        self.preempted = 0  # requests that had to begin again, in all
 
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Takes the weights as they are now, and makes room for keys and values as needed; all of it is let go at the end of the `with`.
 
-        In float32 on the CPU the weights are packed: as much memory again as the model's, for the length of the `with`.
+        Packed weights are made when first needed and take as much memory again as the model's. All others that answer are those that are
+        trained, in the same memory.
         """
-        if self.memory is not None:
+        if self.decoder is not None:
             raise RuntimeError("Engine.hold() is already active")
         decoder, role = self.model.decoder, self.model.role
-        weight = decoder.embed.weight
-        front = cast(Prefix, decoder.prefixes[role]).keys.shape[1] if role is not None and role in decoder.prefixes else 0
-        self.memory = Memory(decoder.config, weight.dtype, weight.device, front)
-        self.decoder = PackedDecoder(decoder, role) if can_pack(decoder) else decoder
-        self.state = _state(decoder)
+        self.decoder, self.state = decoder, _state(decoder)
+        self.front = cast(Prefix, decoder.prefixes[role]).keys.shape[1] if role is not None and role in decoder.prefixes else 0
         try:
             yield
         finally:
@@ -168,81 +198,99 @@ class Engine:
 
         `finished` is told each request's number and answer as soon as it has ended, while others go on.
 
-        Raises ValueError for an empty prompt or a token outside the vocabulary, RunError when the model's numbers are not finite.
+        Raises ValueError for an empty prompt or a token outside the vocabulary, RunError when the model's numbers are not finite or when
+        one request's keys and values do not fit in the budget.
         """
-        if self.memory is None or self.decoder is None:
+        if self.decoder is None:
             raise RuntimeError("Engine.generate() needs memory: call it inside `with engine.hold():`")
         if _state(self.model.decoder) != self.state:
             raise RuntimeError("the weights changed since `with engine.hold():`; hold anew after each update")
         _check(prompts, seeds, self.model.decoder.config.vocab_size)
+        if self.packed and self.decoder is self.model.decoder and can_pack(self.decoder) and sampling.max_new_tokens >= PAYS:
+            self.decoder = PackedDecoder(self.decoder, self.model.role)
         work = Work([list(p) for p in prompts], list(seeds), sampling, finished)
-        weight = self.model.decoder.embed.weight
-        rows, blocks = min(self.running, len(prompts)), self.model.decoder.config.blocks is not None
-        running = Running(rows, sampling.max_new_tokens, accumulation_dtype(weight.dtype), weight.device, blocks)
-        stops = torch.zeros(self.model.decoder.config.vocab_size, dtype=torch.bool, device=weight.device)
+        config, weight = self.model.decoder.config, self.model.decoder.embed.weight
+        rows = min(self.running, len(prompts))
+        running = Running(rows, sampling.max_new_tokens, accumulation_dtype(weight.dtype), weight.device, config.blocks is not None)
+        self.memory = None  # before the new is made
+        lengths = [len(p) + sampling.max_new_tokens for p in prompts]
+        budget = free_memory(weight.device) // 2 if self.budget is None else self.budget
+        self.memory = make_memory(config, weight.dtype, weight.device, lengths, rows, budget)
+        stops = torch.zeros(config.vocab_size, dtype=torch.bool, device=weight.device)
         stops[[s for s in sampling.stop if 0 <= s < len(stops)]] = True
         with _evaluating(self.model):
             while work.waiting or len(running):
-                admitted = work.admit(running.rows - len(running))  # schedule
-                logits = _run(work, running, self.decoder, self.model.role, self.memory, admitted)
+                self.preempted += _make_room(work, running, self.memory)
+                joining, reading = work.admit(running, self.memory)  # schedule
+                logits = self._run(work, running, self.memory, joining, reading)
                 _collect(work, running, self.memory, logits, stops)
         return [work.answers[i] for i in range(len(prompts))]
 
+    def _run(self, work: Work, running: Running, memory: Memory, joining: dict[int, int], reading: list[int]) -> Tensor:
+        """One forward over the running requests' newest tokens and the admitted prompts -> logits `[rows, V]` of what comes next."""
+        decoder, old, admitted = cast(Decoder | PackedDecoder, self.decoder), len(running), [*joining, *reading]
+        # who joins reads the prompt's last token again: the first token of the answer follows from its state
+        joined = list(range(old, old + len(joining)))
+        memory.share(list(joining.values()), joined, [len(work.prompts[i]) - 1 for i in joining])
+        running.add(admitted, work)
+        contexts, anchors = _place(decoder.config, running, [work.prompts[i] for i in admitted], len(reading))
+        memory.reserve(running.rows, running.lengths, work.longest)
 
-def _run(
-    work: Work, running: Running, decoder: Decoder | PackedDecoder, role: str | None, memory: Memory, groups: list[list[int]]
-) -> Tensor:
-    """One forward over the running requests' newest tokens and the admitted prompts -> logits `[rows, V]` of what comes next."""
-    old, longest = len(running), running.longest
-    prompts = [work.prompts[group[0]] for group in groups]
-    if admitted := [i for group in groups for i in group]:
-        running.add(admitted, [len(work.prompts[i]) for i in admitted], [work.seeds[i] for i in admitted])
-    memory.reserve(running.rows, running.longest, work.longest)
-    contexts, anchors = _place(decoder, running, old, groups, prompts)
-
-    places = None if running.places is None else running.places[:old]
-    if not groups:
-        hidden = decoder(running.newest[:old], Decode.of(running.position[:old], longest, memory, places), role)
-    else:
-        leaders = list(accumulate((len(group) for group in groups), initial=old))[:-1]
-        prefill = Prefill.of([len(p) for p in prompts], leaders, memory, contexts, anchors)
-        layout = Mixed.of(Decode.of(running.position[:old], longest, memory, places), prefill) if old else prefill
+        old += len(joining)
+        longest = max(running.lengths[:old], default=0)
+        inputs = tuple(x[:old] for x in (running.newest, running.position, running.places) if x is not None)
+        if not reading:
+            return self._decode(memory, longest, *inputs)
+        prompts = [work.prompts[i] for i in reading]
+        lengths = [len(p) for p in prompts]
+        prefill = Prefill.of(lengths, list(range(old, len(running))), memory, contexts, anchors)
+        layout = Mixed.of(self._decoding(memory, longest, *inputs[1:]), prefill) if old else prefill
         read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
-        hidden = decoder(torch.cat((running.newest[:old], read)), layout, role)
-        hidden = hidden[_share(groups, prompts, leaders, old, memory)]
+        hidden = decoder(torch.cat((running.newest[:old], read)), layout, self.model.role)
+        ends = [old - 1 + end for end in accumulate(lengths)]
+        return _logits(decoder, hidden[torch.tensor([*range(old), *ends], device=read.device)])
+
+    def _decode(self, memory: Memory, longest: int, newest: Tensor, position: Tensor, places: Tensor | None = None) -> Tensor:
+        """Logits after the running requests' newest tokens; tensors of N rows, `longest` as `Decode.of` has it."""
+        decoder = cast(Decoder | PackedDecoder, self.decoder)
+        return _logits(decoder, decoder(newest, self._decoding(memory, longest, position, places), self.model.role))
+
+    def _decoding(self, memory: Memory, longest: int, position: Tensor, places: Tensor | None = None) -> Decode:
+        windows: set[int | None] = set(self.model.decoder.config.windows) or {None}
+        return Decode.of(position, longest, memory, windows, self.front, places)
+
+
+def _logits(decoder: Decoder | PackedDecoder, hidden: Tensor) -> Tensor:
     logits: Tensor = cast(nn.Linear, decoder.head)(hidden)
     return logits.to(accumulation_dtype(logits.dtype))
 
 
+def _make_room(work: Work, running: Running, memory: Memory) -> int:
+    """Sends the youngest requests back to wait until the others have pages for their newest token -> how many.
+
+    They begin again later, and come to the same answer: draws are keyed by the request's seed. The oldest is never sent back, so there is
+    always one that comes to its end.
+    """
+    sent = 0
+    while memory.missing(running.lengths) > memory.free:
+        row = max(range(len(running)), key=lambda i: (running.begins[i], i))
+        work.waiting.appendleft(running.requests[row])
+        running.remove([row], memory)
+        sent += 1
+    return sent
+
+
 def _place(
-    decoder: Decoder | PackedDecoder, running: Running, old: int, groups: list[list[int]], prompts: list[list[int]]
+    config: DecoderConfig, running: Running, prompts: list[list[int]], read: int
 ) -> tuple[list[int] | None, list[int | None] | None]:
-    """Context and anchor of each admitted prompt, noted for its rows too; None for a model that has neither."""
-    if running.places is None or decoder.config.blocks is None:
+    """Notes context and anchor of the last rows, of these `prompts` -> those of the last `read`; None for a model that has neither."""
+    if running.places is None or config.blocks is None:
         return None, None
-    found = [decoder.config.blocks.place(prompt) for prompt in prompts]
+    found = [config.blocks.place(prompt) for prompt in prompts]
     contexts, anchors = [context for context, _ in found], [anchor for _, anchor in found]
-    if groups:
-        sizes = torch.tensor([len(group) for group in groups], device=running.places.device)
-        running.places[old : len(running)] = places_of(contexts, anchors, sizes.device).repeat_interleave(sizes, dim=0)
-    return contexts, anchors
-
-
-def _share(groups: list[list[int]], prompts: list[list[int]], leaders: list[int], old: int, memory: Memory) -> Tensor:
-    """Gives each group's leading row's keys and values to the rest of the group -> for each row, where its state lies in the forward."""
-    states = list(range(old))
-    end = old - 1
-    source: list[int] = []
-    target: list[int] = []
-    for group, prompt, leader in zip(groups, prompts, leaders, strict=True):
-        end += len(prompt)
-        states += [end] * len(group)
-        source += [leader] * (len(group) - 1)
-        target += range(leader + 1, leader + len(group))
-    device = memory.keys.device
-    if target:
-        memory.copy(torch.tensor(source, device=device), torch.tensor(target, device=device), max(len(p) for p in prompts))
-    return torch.tensor(states, device=device)
+    if found:
+        running.places[len(running) - len(found) : len(running)] = places_of(contexts, anchors, running.places.device)
+    return contexts[len(found) - read :], anchors[len(found) - read :]
 
 
 def _collect(work: Work, running: Running, memory: Memory, logits: Tensor, stops: Tensor) -> None:
@@ -260,6 +308,7 @@ def _collect(work: Work, running: Running, memory: Memory, logits: Tensor, stops
         if not chosen.isfinite().all():
             raise RunError(f"the model's logits are not finite for prompt {request}: its weights have diverged or were damaged")
         finish: Literal["stop", "length"] = "stop" if answer[-1] in sampling.stop else "length"
+        work.answered += made
         work.answers[request] = Rollout(work.prompts[request], answer, chosen.tolist(), finish)
         if work.finished is not None:
             work.finished(request, work.answers[request])

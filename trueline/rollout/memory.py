@@ -1,38 +1,54 @@
-"""Key/value memory of the requests being answered, and the layouts that fill and read it. One rule: it is read as views, never gathered."""
+"""Keys and values of the requests being answered, and the layouts that fill and read them. One rule: every way to store them answers alike.
+
+Slots are read as views; pages are gathered, one layer at a time, unless a kernel reads them through their table. A learned prefix is in
+neither: it is read where the model has it, once for all requests.
+"""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trueline.model.attention import decode_attention
+from trueline.errors import RunError
+from trueline.model.attention import decode_attention, decode_prefixed
 from trueline.model.decoder import DecoderConfig
 from trueline.model.layout import Packed, block_positions, count_up
 
 AHEAD = 64  # columns reserved ahead, at least: growing copies
+PAGE = 16  # tokens; half of it is what a request leaves unused on average
 
 
-class Memory:
-    """Keys and values `[L, rows, G, columns, d]`: a row per request, a column per token; P-tuning's prefix takes the first `front` columns.
+class Slots:
+    """Keys and values `[L, rows, G, columns, d]`: a row per request, a column per token.
 
     Every number in it is finite, also where no token lies: a masked value counts 0 times itself.
     """
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, front: int = 0):
-        self.front = front
-        self.windows = set(config.windows) or {None}
+    table: Tensor | None = None  # rows are where they are
+    free = total = 2**62  # never short: it is chosen where the longest requests fit
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device):
         shape = (config.num_layers, 0, config.num_kv_heads, 0, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def reserve(self, rows: int, length: int, limit: int) -> None:
-        """Room for `rows` requests of `length` tokens, and for some more up to `limit`: most answers stop long before."""
+    def price(self, length: int, shared: int = 0) -> int:
+        """Pages that a request of `length` tokens needs for itself when it joins one that has its first `shared`."""
+        return 0
+
+    def missing(self, lengths: list[int]) -> int:
+        """Pages to be taken before row i can hold `lengths[i]` tokens."""
+        return 0
+
+    def reserve(self, rows: int, lengths: list[int], limit: int) -> None:
+        """Room for `rows` requests of `lengths`, and for some more tokens up to `limit`: most answers stop long before."""
         layers, old_rows, heads, old_columns, size = self.keys.shape
-        columns = self.front + length
+        columns = max(lengths, default=0)
         if rows <= old_rows and columns <= old_columns:
             return
         if columns > old_columns:
-            columns = max(columns, min(columns + max(columns // 2, AHEAD), self.front + limit))
+            columns = max(columns, min(columns + max(columns // 2, AHEAD), limit))
         shape = (layers, max(rows, old_rows), heads, max(columns, old_columns), size)
         for name in ("keys", "values"):  # one after the other: only one of them is held twice
             old = getattr(self, name)
@@ -45,16 +61,151 @@ class Memory:
         self.keys[layer, rows, :, columns] = k
         self.values[layer, rows, :, columns] = v
 
-    def write_prefix(self, layer: int, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores a learned prefix `[P, G, d]` in front of `rows` `[T]`."""
-        self.keys[layer, rows, :, : self.front] = keys.transpose(0, 1).to(self.keys.dtype)
-        self.values[layer, rows, :, : self.front] = values.transpose(0, 1).to(self.values.dtype)
+    def share(self, sources: list[int], targets: list[int], lengths: list[int]) -> None:
+        """Rows `targets`, which are new, begin with the first tokens of rows `sources`."""
+        if targets:
+            self._copy(sources, targets, max(lengths))
 
-    def copy(self, source: Tensor, target: Tensor, length: int) -> None:
-        """Copies the prefix and the first `length` tokens of rows `source` `[N]` to rows `target` `[N]`."""
-        columns = self.front + length
+    def remove(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
+        """Rows `gone` are over; rows `sources`, of at most `length` tokens, become rows `targets`, which are some of those."""
+        if targets:
+            self._copy(sources, targets, length)
+
+    def _copy(self, sources: list[int], targets: list[int], length: int) -> None:
+        source, target = (torch.tensor(rows, device=self.keys.device) for rows in (sources, targets))
         for part in (self.keys, self.values):
-            part[:, target, :, :columns] = part[:, source, :, :columns]
+            part[:, target, :, :length] = part[:, source, :, :length]
+
+    def past(self, rows: int, length: int, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `length` tokens of rows 0 .. `rows` - 1: two `[rows, G, length, d]`."""
+        return self.keys[layer, :rows, :, :length], self.values[layer, :rows, :, :length]
+
+
+class Pages:
+    """Keys and values `[L, pages, G, PAGE, d]` of a fixed number of pages; a request has those that row i of `table` names, in order.
+
+    No page but a request's last has room left. Whole pages of a shared prompt belong to several requests. All numbers are finite.
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, budget: int):
+        self.free_pages = list(range(budget // (PAGE * bytes_per_token(config, dtype))))[::-1]
+        self.total = len(self.free_pages)
+        shape = (config.num_layers, self.total, config.num_kv_heads, PAGE, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.users = [0] * self.total
+        self.held: list[list[int]] = []  # row -> its pages
+        self.stale = False  # the table is older than `held`
+        self.table = torch.zeros(0, 0, dtype=torch.int32, device=device)  # [rows, most pages of a row]
+        self.places = self.table  # [rows, G, most]: where each head's part of each page lies among all of a layer's
+
+    @property
+    def free(self) -> int:
+        return len(self.free_pages)
+
+    def price(self, length: int, shared: int = 0) -> int:
+        return -(-length // PAGE) - shared // PAGE
+
+    def missing(self, lengths: list[int]) -> int:
+        return sum(self.price(n) - (len(self.held[i]) if i < len(self.held) else 0) for i, n in enumerate(lengths))
+
+    def reserve(self, rows: int, lengths: list[int], limit: int) -> None:
+        """Pages for row i to hold `lengths[i]` tokens; `missing` told whether there are enough."""
+        if not self.stale and not self.missing(lengths) and len(self.held) == len(lengths):
+            return
+        self.stale = False
+        self.held += [[] for _ in range(len(lengths) - len(self.held))]
+        for held, length in zip(self.held, lengths, strict=True):
+            held += [self._take() for _ in range(self.price(length) - len(held))]
+        most = max(map(len, self.held), default=0)
+        rows_of_pages = [held + [0] * (most - len(held)) for held in self.held]
+        self.table = torch.tensor(rows_of_pages, dtype=torch.int32, device=self.keys.device).view(-1, most)
+        heads = self.keys.shape[2]
+        self.places = self.table[:, None] * heads + torch.arange(heads, device=self.table.device)[:, None]
+
+    def write(self, layer: int, rows: Tensor, columns: Tensor, k: Tensor, v: Tensor) -> None:
+        pages, inside = self.table[rows, columns // PAGE], columns % PAGE
+        self.keys[layer, pages, :, inside] = k
+        self.values[layer, pages, :, inside] = v
+
+    def share(self, sources: list[int], targets: list[int], lengths: list[int]) -> None:
+        """Whole pages are named by both rows, the rest is copied."""
+        for source, target, length in zip(sources, targets, lengths, strict=True):
+            held = self.held[source][: length // PAGE]
+            for page in held:
+                self.users[page] += 1
+            if length % PAGE:
+                held.append(self._take())
+                for part in (self.keys, self.values):
+                    part[:, held[-1]] = part[:, self.held[source][len(held) - 1]]
+            assert target == len(self.held)
+            self.held.append(held)
+        self.stale = True
+
+    def remove(self, gone: list[int], sources: list[int], targets: list[int], length: int) -> None:
+        for page in [page for row in gone for page in self.held[row]]:
+            self.users[page] -= 1
+            if not self.users[page]:
+                self.free_pages.append(page)
+        for source, target in zip(sources, targets, strict=True):
+            self.held[target] = self.held[source]
+        del self.held[len(self.held) - len(gone) :]
+        self.stale = True
+
+    def past(self, rows: int, length: int, layer: int) -> tuple[Tensor, Tensor]:
+        most = self.price(length)
+        places = self.places[:rows, :, :most].flatten()
+        shape = (rows, self.keys.shape[2], most * PAGE, -1)
+        keys, values = (part[layer].flatten(0, 1).index_select(0, places).view(shape) for part in (self.keys, self.values))
+        return keys[:, :, :length], values[:, :, :length]
+
+    def _take(self) -> int:
+        page = self.free_pages.pop()
+        self.users[page] = 1
+        return page
+
+
+Memory = Slots | Pages
+
+
+def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Key and value of one token in every layer."""
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def needs_pages(bytes_per_token: int, budget: int, lengths: list[int], running: int) -> bool:
+    """Whether slots for `running` of the requests, of `lengths` tokens at most, would take more than `budget` bytes.
+
+    A slot is as long as the longest request: it wastes what answers leave unused, and costs nothing to find: taken where it fits.
+    """
+    rows = min(running, len(lengths))
+    return rows * max(lengths, default=0) * bytes_per_token > budget
+
+
+def make_memory(config: DecoderConfig, dtype: torch.dtype, device: torch.device, lengths: list[int], running: int, budget: int) -> Memory:
+    """Slots or pages for `running` requests at a time, of at most `lengths` tokens. RunError if one has no room in `budget`."""
+    each = bytes_per_token(config, dtype)
+    if not needs_pages(each, budget, lengths, running):
+        return Slots(config, dtype, device)
+    longest = -(-max(lengths) // PAGE) * PAGE * each
+    if longest > budget:
+        raise RunError(
+            f"keys and values of a request of {max(lengths)} tokens take {longest / 2**20:.1f} MiB, and {budget / 2**20:.1f} MiB are there "
+            "for them; lower sampling.max_new_tokens, or raise rollout.memory"
+        )
+    # no more than all requests can fill
+    return Pages(config, dtype, device, min(budget, sum(-(-n // PAGE) * PAGE * each for n in sorted(lengths)[-running:])))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on `device`; on a CPU MemAvailable of /proc/meminfo, or 2**62 where there is none."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 2**62
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**62)
 
 
 @dataclass(frozen=True)
@@ -63,7 +214,6 @@ class Prefill:
 
     inner: Packed
     memory: Memory
-    leaders: Tensor  # row of each prompt [N]
     rows: Tensor  # row of each token [T]
     columns: Tensor  # where each token is stored [T]
 
@@ -72,10 +222,8 @@ class Prefill:
         lengths: list[int], rows: list[int], memory: Memory, contexts: list[int] | None = None, anchors: list[int | None] | None = None
     ) -> "Prefill":
         device = memory.keys.device
-        leaders = torch.tensor(rows, device=device)
-        of_token = leaders.repeat_interleave(torch.tensor(lengths, device=device))
-        inner = Packed.of(lengths, contexts, device, anchors)
-        return Prefill(inner, memory, leaders, of_token, count_up(lengths, device) + memory.front)
+        of_token = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        return Prefill(Packed.of(lengths, contexts, device, anchors), memory, of_token, count_up(lengths, device))
 
     @property
     def positions(self) -> Tensor:
@@ -88,7 +236,6 @@ class Prefill:
     def attend_prefixed(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
     ) -> Tensor:
-        self.memory.write_prefix(layer, self.leaders, keys, values)
         self.memory.write(layer, self.rows, self.columns, k, v)
         return self.inner.attend_prefixed(layer, q, k, v, keys, values, window)
 
@@ -100,37 +247,38 @@ class Decode:
     positions: Tensor  # [N] or [2, N]
     memory: Memory
     rows: Tensor  # 0 .. N - 1
-    columns: Tensor  # where each token is stored [N]
-    masks: dict[int | None, Tensor]  # by window: [N, G, 1, columns read], minus infinity where a request's newest token does not look
-    past: tuple[tuple[Tensor, Tensor], ...]  # keys and values of each layer [N, G, columns read, d], views of the memory
+    columns: Tensor  # where each token is stored [N]: how many stand before it
+    lengths: Tensor  # tokens stored of each, the newest included [N] int32
+    # by window: [N, G, 1, prefix and columns read], minus infinity where a request's newest token does not look
+    masks: dict[int | None, Tensor]
+    longest: int  # columns read
 
     @staticmethod
-    def of(index: Tensor, longest: int, memory: Memory, places: Tensor | None = None) -> "Decode":
+    def of(index: Tensor, longest: int, memory: Memory, windows: set[int | None], front: int = 0, places: Tensor | None = None) -> "Decode":
         """`index` `[N]`: each token's in its sequence; `longest` is 1 + the largest, known without asking the device.
 
-        `places` `[N, 2]` makes two rows of positions (`layout.block_positions`).
+        `front`: tokens of the learned prefix. `places` `[N, 2]` makes two rows of positions (`layout.block_positions`).
         """
-        keys = memory.keys
-        columns = index + memory.front
+        device, dtype = memory.keys.device, memory.keys.dtype
         positions = index if places is None else block_positions(index, places)
-        ahead = torch.arange(memory.front + longest, device=keys.device) - columns[:, None]
+        ahead = torch.arange(-front, longest, device=device) - index[:, None]
         masks = {}
-        for window in memory.windows:
+        for window in windows:
             unseen = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
-            mask = torch.zeros(unseen.shape, dtype=keys.dtype, device=keys.device).masked_fill_(unseen, -torch.inf)
+            mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
             # repeated for each head once, for all layers
-            masks[window] = mask[:, None, None].expand(-1, keys.shape[2], -1, -1).contiguous()
-        views = (part[:, : len(index), :, : memory.front + longest].unbind() for part in (keys, memory.values))
-        return Decode(positions, memory, torch.arange(len(index), device=keys.device), columns, masks, tuple(zip(*views, strict=True)))
+            masks[window] = mask[:, None, None].expand(-1, memory.keys.shape[2], -1, -1).contiguous()
+        return Decode(positions, memory, torch.arange(len(index), device=device), index, (index + 1).int(), masks, longest)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         self.memory.write(layer, self.rows, self.columns, k, v)
-        return decode_attention(q, *self.past[layer], self.masks[window])
+        return decode_attention(q, *self.memory.past(len(q), self.longest, layer), self.masks[window])
 
     def attend_prefixed(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
     ) -> Tensor:
-        return self.attend(layer, q, k, v, window)  # the prompt left the prefix in memory
+        self.memory.write(layer, self.rows, self.columns, k, v)
+        return decode_prefixed(q, keys, values, *self.memory.past(len(q), self.longest, layer), self.masks[window])
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trueline.model.adapters import low_ranks
-from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix
+from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix, rotation
 from trueline.model.layout import Layout, Prefixed
-from trueline.model.rotary import speeds
 
+PAYS = 16  # tokens: packing costs as much time as it saves in about so many steps, on 25 million weights and 16 to 64 requests
 LARGE, SMALL, STEP = 256, 64, 8  # rows a kernel is called with: it is compiled for each number of rows, in about a millisecond
 
 
 def can_pack(decoder: Decoder) -> bool:
-    """float32 on the CPU, in a PyTorch built with oneDNN, of a network as below (not ChatGLM-6B's)."""
-    weight, config = decoder.embed.weight, decoder.config
-    usual = config.norm == "rms" and config.gated and config.residual_scale is None and not config.rope_rows
+    """float32 on the CPU, in a PyTorch built with oneDNN."""
+    weight = decoder.embed.weight
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     whole = type(weight.detach()) is Tensor  # not one rank's part of it
-    return usual and built and whole and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return built and whole and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 class PackedDecoder(nn.Module):
@@ -38,11 +37,8 @@ class PackedDecoder(nn.Module):
         self.embed = decoder.embed
         self.order = _channel_order(config)
         self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order) for block in decoder.layers)
-        self.end = Scale(config)
-        self.head = PackedHead(cast(nn.Linear, decoder.head), cast(nn.RMSNorm, decoder.norm), config)
-        size = config.rope_dim or config.head_dim
-        self.speeds = speeds(config.rope_theta, size, config.rope_scaling)
-        self.amplitude = torch.tensor(config.rope_scaling.amplitude if config.rope_scaling else 1.0)
+        self.end, after = _fold(decoder.norm, config)
+        self.head = PackedHead(cast(nn.Linear, decoder.head).weight * after)
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
         self.prefix = None if prefix is None else (prefix.keys.detach()[..., self.order], prefix.values.detach())
 
@@ -50,8 +46,7 @@ class PackedDecoder(nn.Module):
         """States `[T, D]` for `head`, of packed `tokens` `[T]`."""
         if self.prefix is not None:
             layout = Prefixed(layout, *self.prefix, self.config.prefix_shifts)
-        angles = layout.positions.float()[:, None, None] * self.speeds
-        turn = torch.polar(self.amplitude.expand_as(angles), angles)  # cosine and sine as one complex number
+        turn = torch.complex(*rotation(layout.positions, self.config)).flatten(2)
         x = F.embedding(F.pad(tokens, (0, -len(tokens) % STEP)), self.embed.weight)
         pieces = _pieces(len(x))
         for layer in self.layers:
@@ -72,11 +67,11 @@ class PackedBlock(nn.Module):
         for name in "qk":
             merged[name] = tuple(None if x is None else _reorder_channels(x, order) for x in merged[name])  # type: ignore[assignment]
         bias = None if merged["q"][1] is None else torch.cat([cast(Tensor, merged[name][1]) for name in "qkv"])
-        self.scale = Scale(config)
-        into, after = (self.scale.weight(cast(nn.RMSNorm, norm)) for norm in (block.attention_norm, block.mlp_norm))
+        self.residual_scale = config.residual_scale
+        (self.attention_norm, into), (self.mlp_norm, after) = (_fold(norm, config) for norm in (block.attention_norm, block.mlp_norm))
         self.qkv = _pack(torch.cat([merged[name][0] for name in "qkv"]) * into), bias
         self.o = _pack(merged["o"][0]), merged["o"][1]
-        self.gate = _pack(merged["gate"][0] * after), merged["gate"][1]
+        self.gate = (_pack(merged["gate"][0] * after), merged["gate"][1]) if config.gated else None
         self.up = _pack(merged["up"][0] * after), merged["up"][1]
         self.down = _pack(merged["down"][0]), merged["down"][1]
         self.head_norms: Tensor | None = None  # [H + G, d]: a query's or key's own norm
@@ -99,23 +94,28 @@ class PackedBlock(nn.Module):
         return _by_pieces(self._after, pieces, seen, x)
 
     def _before(self, x: Tensor) -> Tensor:
-        return _linear(self.scale(x), *self.qkv)
+        return _linear(self.attention_norm(x), *self.qkv)
 
     def _after(self, seen: Tensor, x: Tensor) -> Tensor:
-        x = _linear_with(seen, x, *self.o, "add") if self.post_norms is None else x + self.post_norms[0](_linear(seen, *self.o))
-        scaled = self.scale(x)
-        product = _linear_with(scaled, _linear(scaled, *self.gate, "swish"), *self.up, "mul")
+        kept = x if self.residual_scale is None else self.residual_scale * self.attention_norm(x)
+        x = _linear_with(seen, kept, *self.o, "add") if self.post_norms is None else kept + self.post_norms[0](_linear(seen, *self.o))
+        normed = self.mlp_norm(x)
+        kept = x if self.residual_scale is None else self.residual_scale * normed
+        if self.gate is None:
+            product = _linear(normed, *self.up, "gelu", "tanh")
+        else:
+            product = _linear_with(normed, _linear(normed, *self.gate, "swish"), *self.up, "mul")
         if self.post_norms is None:
-            return _linear_with(product, x, *self.down, "add")
-        return x + self.post_norms[1](_linear(product, *self.down))
+            return _linear_with(product, kept, *self.down, "add")
+        return kept + self.post_norms[1](_linear(product, *self.down))
 
 
 class PackedHead(nn.Module):
     """`Decoder.head` after the final norm."""
 
-    def __init__(self, head: nn.Linear, norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig):
+    def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = _pack(head.weight * Scale(config).weight(norm))
+        self.weight = _pack(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = F.pad(x, (0, 0, 0, -len(x) % STEP)) if len(x) % STEP else x
@@ -125,20 +125,26 @@ class PackedHead(nn.Module):
 class Scale:
     """RMSNorm with its weight left to the matrix that follows: `x` `[T, D]` / sqrt(|x|^2 + D eps)."""
 
-    def __init__(self, config: DecoderConfig):
-        self.root = config.hidden_size**0.5
-        self.floor = torch.tensor(self.root * config.norm_eps**0.5)
+    def __init__(self, root: float, eps: float):
+        self.floor = torch.tensor(root * eps**0.5)
 
     def __call__(self, x: Tensor) -> Tensor:
         return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
 
-    def weight(self, norm: nn.RMSNorm | nn.LayerNorm) -> Tensor:
-        return norm.weight.detach() * self.root
+
+def _fold(norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig) -> tuple[Scale | nn.LayerNorm, Tensor]:
+    """What is done to a state, and what the columns of the matrices that follow are multiplied by. A LayerNorm stays what it is."""
+    if isinstance(norm, nn.LayerNorm):
+        return norm, torch.ones(())
+    root = config.hidden_size**0.5
+    return Scale(root, config.norm_eps), norm.weight.detach() * root
 
 
 def _channel_order(config: DecoderConfig) -> Tensor:
     """Channels of a head in the order that puts the two that turn together side by side; q and k in one order have the same products."""
     size, channels = config.rope_dim or config.head_dim, torch.arange(config.head_dim)
+    if config.rope_rows:
+        return channels.view(2, 2, -1).transpose(1, 2).flatten()
     if config.rope == "half":
         channels[:size] = channels[:size].view(2, -1).T.flatten()
     return channels
@@ -166,8 +172,8 @@ def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), SMALL)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none") -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, then, [], "")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none", form: str = "") -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, then, [], form)
 
 
 def _linear_with(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, how: str) -> Tensor:

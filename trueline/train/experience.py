@@ -72,6 +72,14 @@ def pack_experience(items: Sequence[Experience]) -> ExperienceBatch:
     return ExperienceBatch(pack([e.sample for e in items]), *columns)
 
 
+def rollout_suffices(step: int, gap: float | None, tolerance: float, every: int) -> bool:
+    """Whether iteration `step`, from 1, takes the rollout's log-probabilities for the policy's instead of running the policy again.
+
+    `gap`: their mean difference where it was measured last, None if never. Every `every` iterations it is measured anew.
+    """
+    return gap is not None and gap <= tolerance and (step - 1) % every != 0
+
+
 @torch.no_grad()
 def appraise(
     rollouts: Sequence[Rollout],
@@ -85,13 +93,15 @@ def appraise(
     temperature: float,
     max_tokens: int,
     world: World,
+    rollout_logprobs_suffice: bool = False,
 ) -> tuple[list[Experience], dict[str, float]]:
     """Log-probabilities, values, rewards and advantages of this rank's rollouts, and metrics over every rank's.
 
     `scores`: one finite number per rollout, or the model that gives them. It is paid at the answer's last token, be that a stop token or
     not, less `ppo.no_stop_penalty` where it is not. Every answer token is charged `kl_coefficient` times log p - log reference.
     `temperature` is the rollouts': all log-probabilities are of the distribution they were sampled from, before truncation. `max_tokens`
-    bounds a micro-batch.
+    bounds a micro-batch. With `rollout_logprobs_suffice` the policy is not run: its log-probabilities are the rollouts', and no gap is
+    told.
     The modules are in eval mode. Raises RunError naming the first rollout with a number that is not finite.
     """
     blocks = policy.decoder.config.blocks
@@ -100,7 +110,8 @@ def appraise(
     judge = scores.scorer if isinstance(scores, ModelScores) else None
     if not isinstance(scores, ModelScores):
         _check_scores(rollouts, scores)  # before the work
-    (logprobs, ref_logprobs, values), found = _measure(samples, policy, reference, critic, judge, temperature, max_tokens, world.device)
+    settings = temperature, max_tokens, world.device
+    (logprobs, ref_logprobs, values), found = _measure(samples, policy, reference, critic, judge, *settings, not rollout_logprobs_suffice)
     if isinstance(scores, ModelScores):
         scores = scores.finish(found)
         _check_scores(rollouts, scores)
@@ -108,6 +119,8 @@ def appraise(
     rollout_logprobs = torch.zeros_like(logprobs).masked_scatter(
         trained, torch.tensor([x for r in rollouts for x in r.logprobs], dtype=logprobs.dtype)
     )
+    if rollout_logprobs_suffice:
+        logprobs = rollout_logprobs
     stopped = [r.finish == "stop" for r in rollouts]
     paid = [score - (0.0 if stop else ppo.no_stop_penalty) for score, stop in zip(scores, stopped, strict=True)]
     ends = torch.tensor(list(accumulate(lengths))) - 1
@@ -119,7 +132,10 @@ def appraise(
     for name, column in zip(("rollout log-probability", "log-probability", "reference log-probability", "value"), columns, strict=False):
         _check_finite(name, column, lengths)
     rows = zip(samples, *(column.split(lengths) for column in columns), map(float, scores), stopped, strict=True)
-    return [Experience(*row) for row in rows], _metrics(columns, trained, scores, stopped, world)
+    metrics = _metrics(columns, trained, scores, stopped, world)
+    if rollout_logprobs_suffice:
+        del metrics["logprob_gap"], metrics["logprob_gap_max"]
+    return [Experience(*row) for row in rows], metrics
 
 
 def _check_scores(rollouts: Sequence[Rollout], scores: Sequence[float]) -> None:
@@ -148,9 +164,10 @@ def _measure(
     temperature: float,
     max_tokens: int,
     device: torch.device,
+    with_policy: bool,
 ) -> tuple[list[Tensor], list[float]]:
     """Policy log-probabilities, reference log-probabilities and values of all samples, packed in their order: three `[T]` on the CPU; and
-    the reward model's score of each sample's last token.
+    the reward model's score of each sample's last token. Without the policy, the reference's stand in its place.
 
     Every role reads the same packed batch, and those on the policy's trunk the same embeddings.
     """
@@ -163,7 +180,8 @@ def _measure(
         def seen(role: object, plain: Batch = plain, shared: Batch = shared) -> Batch:
             return shared if getattr(role, "decoder", None) is policy.decoder else plain
 
-        found = policy(shared, temperature), reference(seen(reference), temperature), values_before(critic(seen(critic)), plain)
+        expected = reference(seen(reference), temperature)
+        found = policy(shared, temperature) if with_policy else expected, expected, values_before(critic(seen(critic)), plain)
         for part, column in zip(parts, found, strict=True):
             for i, piece in zip(indices, column.cpu().split(plain.lengths), strict=True):
                 part[i] = piece
