@@ -14,6 +14,7 @@ from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.heads import LanguageModel
 from trueline.rollout.decode import cached_attention, kernel_for, plain_attention, splits_for
 from trueline.rollout.engine import Engine
+from trueline.rollout.graphs import Graphs
 from trueline.rollout.memory import PAGE
 from trueline.rollout.sampling import Sampling
 
@@ -180,13 +181,21 @@ def test_the_kernel_compiles_for_hopper(tmp_path):
 @pytest.mark.parametrize("choices", [{}, {"windows": (5, None)}])
 @pytest.mark.parametrize("in_pages", [False, True])
 def test_answers_by_the_kernel_are_those_without(kernel, monkeypatch, in_pages, choices):
-    """Through the engine, its memory and its layouts, as on a CUDA device: here the kernel is the interpreter's."""
+    """Through the engine, its memory, its layouts and recordings, as on a CUDA device: here the kernel is the interpreter's."""
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "mlp_size": 24}
     decoder = Decoder(DecoderConfig(**sizes, init_std=0.4, **choices))
     init_weights(decoder, torch.Generator().manual_seed(0))
     prompts = [[3, 1, 4], [1], list(range(17)), [8, 9]]
     budget = 4 * PAGE * 2 * 2 * 2 * 4 * 4 if in_pages else None  # four pages
-    answers, calls = [], []
+    answers, calls, made = [], [], []
+
+    class Held:
+        def __init__(self, step, inputs, pool):
+            self.step, self.inputs = step, inputs
+            made.append(len(inputs[0]))
+
+        def replay(self):
+            return self.step(*self.inputs)
 
     def counted(*arguments):
         calls.append(arguments[5] is not None)
@@ -197,10 +206,10 @@ def test_answers_by_the_kernel_are_those_without(kernel, monkeypatch, in_pages, 
             for module in ("trueline.rollout.decode", "trueline.rollout.memory"):
                 monkeypatch.setattr(f"{module}.kernel_for", lambda q: counted)
         engine = Engine(LanguageModel(decoder), 3, budget, packed=False)
-        engine.graphs = None
+        engine.graphs = Graphs(Held) if by_kernel else None
         with engine.hold():
             answers.append(engine.generate(prompts, Sampling(8, temperature=0), [0] * 4))
     assert [a.tokens for a in answers[0]] == [a.tokens for a in answers[1]]
     for ours, theirs in zip(*answers, strict=True):
         assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
-    assert calls and set(calls) == {in_pages}
+    assert calls and set(calls) == {in_pages} and bool(made) is not in_pages
