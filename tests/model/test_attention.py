@@ -110,12 +110,27 @@ class Emulated(torch.autograd.Function):
 def test_varlen_attention_is_handed_what_it_means(lengths, word, grouped, heads, window):
     q, k, v = map(torch.from_numpy, draw(sum(lengths), *heads))
     kernel = Flash(word, grouped)
-    found = varlen_attention(kernel, q, k, v, lengths, window)
+    found = varlen_attention(kernel, q, k, v, lengths, lengths, window)
     torch.testing.assert_close(found, packed_attention(q, k, v, lengths, window=window), rtol=0, atol=1e-12)
     groups, options = kernel.calls[-1]
     # keys are repeated only where the kernel refuses shared heads
     assert groups == (heads[1] if word or grouped else heads[0])
     assert ("enable_gqa" in options) == (word and heads[0] != heads[1])
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_varlen_attention_takes_a_learned_prefix(monkeypatch, window):
+    lengths = (6, 1, 3)
+    q, k, v = map(torch.from_numpy, draw(sum(lengths)))
+    prefix = [torch.from_numpy(x).float() for x in draw(2)[1:]]
+    expected = packed_attention(q, k, v, lengths, (), *prefix, window=window)
+    kernel = Flash(word=False)
+    monkeypatch.setattr("trueline.model.attention.varlen_kernel_for", lambda q: kernel)
+    torch.testing.assert_close(packed_attention(q, k, v, lengths, (), *prefix, window=window), expected, rtol=0, atol=1e-12)
+    assert kernel.calls
+    seen = len(kernel.calls)
+    packed_attention(q, k, v, lengths, (2, 0, 0), *prefix, window=window)
+    assert len(kernel.calls) == seen  # what is seen both ways is no causal mask
 
 
 def test_a_kernel_that_reads_wrong_heads_is_not_used():

@@ -34,8 +34,10 @@ def packed_attention(
     if window is not None and window >= front + max(lengths):
         window = None
     plain = not contexts and prefix_keys is None
-    if plain and (kernel := varlen_kernel_for(q)) is not None:
-        return varlen_attention(kernel, q, k, v, lengths, window)
+    if not contexts and (kernel := varlen_kernel_for(q)) is not None:
+        if prefix_keys is not None and prefix_values is not None:
+            k, v = _before_each(prefix_keys, k, lengths), _before_each(prefix_values, v, lengths)
+        return varlen_attention(kernel, q, k, v, lengths, tuple(front + n for n in lengths), window)
     if plain and window is None:
         return _runs(q, k, v, lengths)
     parts = []
@@ -128,21 +130,23 @@ def varlen_kernel_for(q: Tensor) -> Callable[..., Tensor] | None:
 
 
 def varlen_attention(
-    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None
+    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], seen: tuple[int, ...], window: int | None
 ) -> Tensor:
-    """Flash attention over the packed axis, as `packed_attention` without contexts and prefix. Never run on a GPU: see docs/not-yet.md."""
-    share, ends, longest = q.shape[1] // k.shape[1], _ends(lengths, q.device), max(lengths)
+    """Flash attention over the packed axis: `lengths` queries each, the last of `seen` keys. Never run on a GPU: see docs/not-yet.md."""
+    share = q.shape[1] // k.shape[1]
     if share > 1 and not runs(kernel, q.device, share):
         k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    return _flash(kernel, q, k, v, ends, longest, window)
+    return _flash(kernel, q, k, v, lengths, seen, window)
 
 
-def _flash(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int, window: int | None) -> Tensor:
-    # (left, right): so many before and after the token itself; (-1, 0) is plain causal
+def _flash(
+    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], seen: tuple[int, ...], window: int | None
+) -> Tensor:
+    # (left, right): so many before and after the token itself; (-1, 0) is plain causal, aligned at the ends of queries and keys
     options: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)}
     if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(kernel).parameters:
         options["enable_gqa"] = True
-    return kernel(q, k, v, ends, ends, longest, longest, **options)
+    return kernel(q, k, v, _ends(lengths, q.device), _ends(seen, q.device), max(lengths), max(seen), **options)
 
 
 @cache
@@ -156,13 +160,18 @@ def runs(kernel: Callable[..., Tensor], device: torch.device, share: int) -> boo
         v[:, 1] = 2
         v.requires_grad_()
         try:
-            out = _flash(kernel, q, k, v, _ends((2,), device), 2, None)
+            out = _flash(kernel, q, k, v, (2,), (2,), None)
             out.sum().backward()
         except (RuntimeError, ValueError):
             return False
         # the first token sees itself, the second both: to the gradient of v 1.5 and 0.5 from each head
         slopes = torch.tensor([1.5, 0.5], device=device)[:, None, None].mul(share).expand_as(v)
         return torch.allclose(out, v.repeat_interleave(share, dim=1), rtol=1e-2) and torch.allclose(v.grad.float(), slopes, rtol=1e-2)  # type: ignore[union-attr]
+
+
+def _before_each(prefix: Tensor, rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """`prefix` `[P, G, d]` in front of each sequence of `rows` `[T, G, d]`."""
+    return torch.cat([part for sequence in rows.split(lengths) for part in (prefix.to(rows.dtype), sequence)])
 
 
 @lru_cache(maxsize=16)
