@@ -30,7 +30,6 @@ from trueline.train.optimizer import Optimizer, make_optimizer
 from trueline.train.step import train_step
 
 EQUAL = 2e-2  # relative, bfloat16 beside float32
-SEED_LORA = AdapterConfig(kind="lora", targets=("q", "k", "v"), rank=8, alpha=32, dropout=0.1)
 
 
 def attention(report: Report) -> None:
@@ -118,15 +117,17 @@ def loss(report: Report) -> None:
 
 
 class Trainer:
-    """One model in training. `kind` is lora or full."""
+    """One model in training. `kind` is lora or full; `early`: each weight is updated within the backward pass."""
 
-    def __init__(self, report: Report, decoder: Decoder, kind: str, states: str = "float32", adapter: AdapterConfig = SEED_LORA):
+    def __init__(self, report: Report, decoder: Decoder, kind: str, states: str = "float32", dropout: float = 0.1, early: bool = False):
         self.report, self.decoder = report, decoder
         self.role = "policy" if kind == "lora" else None
         if self.role is not None:
-            add_adapter(decoder, self.role, adapter, 0)
-        self.parameters = trainable(decoder, self.role, kind)  # type: ignore[arg-type]
-        self.optimizer: Optimizer = make_optimizer(self.parameters, OptimizerConfig(states=states))  # type: ignore[arg-type]
+            add_adapter(decoder, self.role, AdapterConfig(kind="lora", targets=("q", "k", "v"), rank=8, alpha=32, dropout=dropout), 0)
+        parameters = trainable(decoder, self.role, kind)  # type: ignore[arg-type]
+        self.max_norm = None if early else 1.0
+        settings = {"in_backward": True, "max_norm": None} if early else {}
+        self.optimizer: Optimizer = make_optimizer(parameters, OptimizerConfig(states=states, **settings))  # type: ignore[arg-type]
         self.model = LanguageModel(decoder, self.role).train()
         self.steps = 0
 
@@ -135,8 +136,8 @@ class Trainer:
 
     def learn(self, batch: object, objective: Callable, count: Callable) -> float:
         self.steps += 1
-        world = World(0, 1, self.report.device)
-        return train_step(self.optimizer, [batch], objective, count, world=world, max_norm=1.0, lr=1e-5, step=self.steps, seed=0)["loss"]
+        settings = {"world": World(0, 1, self.report.device), "max_norm": self.max_norm, "lr": 1e-5, "step": self.steps, "seed": 0}
+        return train_step(self.optimizer, [batch], objective, count, **settings)["loss"]
 
     def end(self) -> None:
         self.optimizer.clear()
@@ -193,7 +194,7 @@ def lora_speed(report: Report) -> None:
     batch = sequences(report, length, count)
     first: list[float] = []
     for share, name in ((0.0, "nothing"), (0.5, "half"), (1.0, "everything")):
-        trainer = Trainer(report, decoder, "lora", adapter=SEED_LORA.model_copy(update={"dropout": 0.0}))
+        trainer = Trainer(report, decoder, "lora", dropout=0.0)
         report.clean()
         if not recompute(decoder, share):
             trainer.end()
@@ -214,7 +215,7 @@ def dpo(report: Report) -> None:
     """Pairs of 512 / 512 / 512 against stored references, prompts run twice and once."""
     decoder = report.decoder()
     size, count = (512, 8) if not report.small else (32, 2)
-    trainer = Trainer(report, decoder, "lora", adapter=SEED_LORA.model_copy(update={"dropout": 0.0}))
+    trainer = Trainer(report, decoder, "lora", dropout=0.0)
     pairs = []
     for i in range(count):
         prompt, *answers = (report.tokens(size, seed=3 * i + j).tolist() for j in range(3))
@@ -242,29 +243,33 @@ def dpo(report: Report) -> None:
 
 
 def full(report: Report) -> None:
-    """All weights. The states that fit: bfloat16 at 4,096 tokens, 8 bits at 768; split is tried last, and is predicted not to fit."""
-    cases = [
-        ("bfloat16", 4096, 2, (">= 8300", ">= 10400"), ("", "")),
-        ("int8", 768, 1, ("", ""), ("<= 80935", "<= 58000")),
-        ("split", 4096, 1, ("", ""), ("<= 142336", "<= 134144")),
-    ]
-    for states, length, count, speed, memory_bounds in cases if not report.small else [(s, 64, 2, ("", ""), ("", "")) for s, *_ in cases]:
+    """All weights, each kind of states with its gradients summed first and, where this version can, used as they are made.
+
+    Of 9.4 billion weights `split` is predicted to fit in the second way only.
+    """
+    ways = [False, True] if "in_backward" in OptimizerConfig.model_fields else [False]
+    kinds = (("bfloat16", 4096, 2), ("int8", 768, 1), ("split", 4096, 1))
+    for (states, length, count), early in [(kind, way) for kind in kinds for way in ways]:
+        speed = (">= 8300", ">= 10400") if states == "bfloat16" else ("", "")
+        bounds = {"int8": ("<= 80935", "<= 42000" if early else "<= 58000"), "split": ("<= 142336", "<= 134144")}.get(states, ("", ""))
         decoder = report.decoder()
         if report.small:
+            length = 64
             decoder.bfloat16()
         recompute(decoder, 1)
         report.clean()
         trainer = None
+        name = f"all weights, {states}{', in backward' if early else ''}, {count} x {length}"
         try:
-            trainer = Trainer(report, decoder, "full", states)
+            trainer = Trainer(report, decoder, "full", states, early=early)
             batch = sequences(report, length, count)
             loss = trainer.update(batch)
-            spent = report.timed(lambda trainer=trainer, batch=batch: trainer.update(batch), rounds=3 if not report.small else 1, warm=1)
-            rates(report, f"all weights, {states}, {count} x {length}, recomputed", "full", length, length * count, spent, *speed)
-            name, memory = f"all weights, {states}, {length}: device memory", report.memory()
-            report.read(name, memory.get("device_used"), "MiB", *memory_bounds, loss=loss, **memory)
+            spent = report.timed(partial(trainer.update, batch), rounds=3 if not report.small else 1)
+            rates(report, name, "full", length, length * count, spent, *speed)
+            memory = report.memory()
+            report.read(f"{name}: device memory", memory.get("device_used"), "MiB", *bounds, loss=loss, **memory)
         except OUT_OF_MEMORY as error:
-            report.read(f"all weights, {states}, {length}: out of memory", None, "MiB", *memory_bounds, error=str(error).splitlines()[0])
+            report.read(f"{name}: out of memory", None, "MiB", *bounds, error=str(error).splitlines()[0])
         del trainer, decoder
         report.clean()
 
