@@ -59,7 +59,7 @@ def test_a_section_loses_nothing_but_its_own(capsys):
 
     began = time.monotonic()
     status = report.run([("endless", 0.2, endless), ("broken", 5, broken), ("hungry", 5, hungry), ("good", 5, good)])
-    assert status == 1 and time.monotonic() - began < 5 and report.failed == ["broken"]
+    assert status == 1 and time.monotonic() - began < 18 and report.failed == ["broken"]
     rows = [json.loads(line) for line in capsys.readouterr().out.partition("\n\n")[0].splitlines()]
     names = [(row["section"], row["name"]) for row in rows if row["name"] != "section"]
     assert names == [
