@@ -8,7 +8,8 @@ CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13 python3
 USABLE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 FIND_PYTHON = for p in $(CANDIDATES); do if $$p -c "$(USABLE)" > /dev/null 2>&1; then echo $$p; break; fi; done
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-MEASUREMENTS = $(sort $(wildcard bench/*.py))
+# bench/gpu_*.py wants a GPU to itself: run it by hand
+MEASUREMENTS = $(sort $(filter-out bench/gpu_%,$(wildcard bench/*.py)))
 PEERS := .venv-peers .venv-peers-ppo .venv-peers-lf
 
 .DEFAULT_GOAL := help

@@ -1,8 +1,10 @@
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
-from trueline.model.attention import packed_attention
+from trueline.model.attention import _ends, packed_attention, runs, varlen_attention, varlen_kernel, varlen_kernel_for
 
 
 def oracle(q, k, v, lengths, contexts=(), prefix=None):
@@ -48,3 +50,110 @@ def test_gradients_reach_the_prefix():
     q, k, v = (torch.from_numpy(x).requires_grad_() for x in draw(5))
     keys, values = (torch.from_numpy(x).requires_grad_() for x in draw(3)[1:])
     assert torch.autograd.gradcheck(lambda *x: packed_attention(*x[:3], (2, 3), (), *x[3:]), (q, k, v, keys, values))
+
+
+class Flash:
+    """torch's `varlen_attn` in NumPy: what it demands of its arguments, and what it makes of them.
+
+    `word`: torch 2.12's and later ones' `enable_gqa`, without which they refuse shared heads. `grouped`: 2.11 as it may be either way.
+    """
+
+    def __init__(self, word, grouped=True):
+        self.grouped, self.calls = grouped, []
+        known = inspect.signature(lambda q, k, v, ends, key_ends, longest, key_longest, *, window_size, enable_gqa=False: 0)
+        self.__signature__ = known if word else known.replace(parameters=list(known.parameters.values())[:-1])
+        self.word = word
+
+    def __call__(self, q, k, v, ends, key_ends, longest, key_longest, **options):
+        self.__signature__.bind(q, k, v, ends, key_ends, longest, key_longest, **options)
+        self.calls.append((k.shape[1], options))
+        if q.shape[1] != k.shape[1]:
+            if self.word and not options.get("enable_gqa"):
+                raise ValueError("Try setting enable_gqa=True for GQA.")
+            if not self.word and not self.grouped:
+                raise RuntimeError("number of heads in key/value must be that of the query")
+        for cuts, rows, most in ((ends, q, longest), (key_ends, k, key_longest)):
+            assert cuts.dtype == torch.int32 and cuts[0] == 0 and cuts[-1] == len(rows)
+            assert type(most) is int and most == int(cuts.diff().max())
+        assert all(x.stride(-1) == 1 for x in (q, k, v)) and type(options["window_size"]) is tuple
+        return Emulated.apply(q, k, v, ends.tolist(), key_ends.tolist(), *options["window_size"])
+
+
+class Emulated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, ends, key_ends, left, right):
+        out = np.zeros(q.shape)
+        weights = np.zeros((q.shape[1], len(q), len(k)))
+        share = q.shape[1] // k.shape[1]
+        for a, b, c, d in zip(ends, ends[1:], key_ends, key_ends[1:], strict=False):
+            for t in range(a, b):
+                place = c + (t - a) + (d - c) - (b - a)  # aligned at the ends
+                first = c if left < 0 else max(c, place - left)
+                last = d if right < 0 else min(d, place + right + 1)
+                for head in range(q.shape[1]):
+                    scores = k[first:last, head // share].double().numpy() @ q[t, head].double().numpy() / np.sqrt(q.shape[2])
+                    weights[head, t, first:last] = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+                    out[t, head] = weights[head, t] @ v[:, head // share].double().numpy()
+        ctx.weights, ctx.share = torch.from_numpy(weights), share
+        return torch.from_numpy(out).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # of v alone: enough for the trial
+        each = torch.einsum("hts,thd->shd", ctx.weights, grad.double())
+        return None, None, each.unflatten(1, (-1, ctx.share)).sum(2).to(grad.dtype), None, None, None, None
+
+
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize(("word", "grouped"), [(True, True), (False, True), (False, False)])
+@pytest.mark.parametrize("lengths", [(5,), (6, 1, 3, 3)])
+def test_varlen_attention_is_handed_what_it_means(lengths, word, grouped, heads, window):
+    q, k, v = map(torch.from_numpy, draw(sum(lengths), *heads))
+    kernel = Flash(word, grouped)
+    found = varlen_attention(kernel, q, k, v, lengths, lengths, window)
+    torch.testing.assert_close(found, packed_attention(q, k, v, lengths, window=window), rtol=0, atol=1e-12)
+    groups, options = kernel.calls[-1]
+    # keys are repeated only where the kernel refuses shared heads
+    assert groups == (heads[1] if word or grouped else heads[0])
+    assert ("enable_gqa" in options) == (word and heads[0] != heads[1])
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+def test_varlen_attention_takes_a_learned_prefix(monkeypatch, window):
+    lengths = (6, 1, 3)
+    q, k, v = map(torch.from_numpy, draw(sum(lengths)))
+    prefix = [torch.from_numpy(x).float() for x in draw(2)[1:]]
+    expected = packed_attention(q, k, v, lengths, (), *prefix, window=window)
+    kernel = Flash(word=False)
+    monkeypatch.setattr("trueline.model.attention.varlen_kernel_for", lambda q: kernel)
+    torch.testing.assert_close(packed_attention(q, k, v, lengths, (), *prefix, window=window), expected, rtol=0, atol=1e-12)
+    assert kernel.calls
+    seen = len(kernel.calls)
+    packed_attention(q, k, v, lengths, (2, 0, 0), *prefix, window=window)
+    assert len(kernel.calls) == seen  # what is seen both ways is no causal mask
+
+
+def test_a_kernel_that_reads_wrong_heads_is_not_used():
+    right = Flash(word=False)
+
+    def wrong(q, k, v, *rest, window_size):
+        return right(q, k.flip(1), v.flip(1), *rest, window_size=window_size)
+
+    def broken(q, k, v, *rest, window_size):
+        raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+
+    device = torch.device("cpu")
+    assert runs(right, device, 1) and runs(right, device, 16)
+    assert not runs(wrong, device, 1) and not runs(broken, device, 1)
+
+
+def test_sequence_ends_are_made_once_and_can_be_kept_for_backward():
+    with torch.inference_mode():
+        ends = _ends((3, 4), torch.device("cpu"))
+    assert not ends.is_inference() and ends.tolist() == [0, 3, 7]
+    assert _ends((3, 4), torch.device("cpu")) is ends
+
+
+def test_no_varlen_attention_off_cuda():
+    assert varlen_kernel_for(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) is None
+    assert "window_size" in inspect.signature(varlen_kernel()).parameters  # this torch's own

@@ -125,7 +125,7 @@ def test_rollout_never_sees_text() -> None:
 # the export's check, a process of its own, loads a folder as others will where they are installed; nobody else may start them
 GATE = "trueline.recipes.gate"
 # the package and the command line load recipes late; the GPU's attention is an optional accelerator library that takes two seconds
-LATE_MODULES = ("trueline", "trueline.cli", "trueline.model.attention", GATE)
+LATE_MODULES = ("trueline", "trueline.cli", "trueline.model.attention", "trueline.rollout.decode", GATE)
 
 
 def test_no_imports_inside_functions() -> None:

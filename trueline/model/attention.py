@@ -4,14 +4,12 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from functools import cache
-from itertools import groupby
+from functools import cache, lru_cache
+from itertools import accumulate, groupby
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from trueline.errors import UserError
 
 SHORT = 512  # queries; below it the CPU's bfloat16 kernel takes as long as the float32 one, 5 times as long with 40 (forward and backward)
 
@@ -36,8 +34,10 @@ def packed_attention(
     if window is not None and window >= front + max(lengths):
         window = None
     plain = not contexts and prefix_keys is None
-    if plain and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and (kernel := varlen_kernel()) is not None:
-        return _varlen(kernel, q, k, v, lengths, window)
+    if not contexts and (kernel := varlen_kernel_for(q)) is not None:
+        if prefix_keys is not None and prefix_values is not None:
+            k, v = _before_each(prefix_keys, k, lengths), _before_each(prefix_values, v, lengths)
+        return varlen_attention(kernel, q, k, v, lengths, tuple(front + n for n in lengths), window)
     if plain and window is None:
         return _runs(q, k, v, lengths)
     parts = []
@@ -105,7 +105,11 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """`q` `[N, H, t, d]`, `k`, `v` `[N, G, s, d]`; causal without a mask."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.shape[2] < SHORT:
         return _sdpa(q.float(), k.float(), v.float(), mask).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] // k.shape[1]
+    if shared > 1 and q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # flash takes neither a mask nor float32, and the kernel that does no shared heads: what is left would hold every score
+        k, v, shared = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1), 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared > 1)
 
 
 @cache
@@ -114,25 +118,64 @@ def varlen_kernel() -> Callable[..., Tensor] | None:
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return None
     found: Callable[..., Tensor] = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    return found
+    return found if "window_size" in inspect.signature(found).parameters else None
 
 
-def _varlen(kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], window: int | None) -> Tensor:
-    """Flash attention over the packed axis. Not run on a GPU yet: see docs/not-yet.md.
+def varlen_kernel_for(q: Tensor) -> Callable[..., Tensor] | None:
+    """The kernel if it takes `q`: 16 bits on a CUDA device that it runs on, heads of at most 256 channels, a multiple of 8."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.shape[-1] % 8 or q.shape[-1] > 256:
+        return None
+    kernel = varlen_kernel()
+    return kernel if kernel is not None and runs(kernel, q.device, 1) else None
 
-    torch 2.11 has it without grouped heads and with another name for causal, 2.13 with both: look, do not ask for the version.
+
+def varlen_attention(
+    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], seen: tuple[int, ...], window: int | None
+) -> Tensor:
+    """Flash attention over the packed axis: `lengths` queries each, the last of `seen` keys. Never run on a GPU: see docs/not-yet.md."""
+    share = q.shape[1] // k.shape[1]
+    if share > 1 and not runs(kernel, q.device, share):
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    return _flash(kernel, q, k, v, lengths, seen, window)
+
+
+def _flash(
+    kernel: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], seen: tuple[int, ...], window: int | None
+) -> Tensor:
+    # (left, right): so many before and after the token itself; (-1, 0) is plain causal, aligned at the ends of queries and keys
+    options: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)}
+    if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(kernel).parameters:
+        options["enable_gqa"] = True
+    return kernel(q, k, v, _ends(lengths, q.device), _ends(seen, q.device), max(lengths), max(seen), **options)
+
+
+@cache
+def runs(kernel: Callable[..., Tensor], device: torch.device, share: int) -> bool:
+    """Whether `kernel` is right on `device`, forward and backward, with `share` query heads to a key head. Tried on two tokens.
+
+    torch 2.11's signature has no word for shared heads, yet the operation below it takes them; later ones refuse them without the word.
     """
-    known = inspect.signature(kernel).parameters
-    ends = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
-    longest = max(lengths)
-    if window is not None and "window_size" not in known:
-        raise UserError("this model has sliding windows, which need a newer PyTorch on this device; install torch 2.12 or later")
-    left = -1 if window is None else window - 1
-    options: dict[str, object] = {"window_size": (left, 0)} if "window_size" in known else {"is_causal": True}
-    if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in known:
-            options["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    out = kernel(q, k, v, ends, ends, longest, longest, **options)
-    return out if isinstance(out, Tensor) else out[0]
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k, v = (torch.ones(2, n, 64, dtype=torch.bfloat16, device=device) for n in (2 * share, 2, 2))
+        v[:, 1] = 2
+        v.requires_grad_()
+        try:
+            out = _flash(kernel, q, k, v, (2,), (2,), None)
+            out.sum().backward()
+        except (RuntimeError, ValueError):
+            return False
+        # the first token sees itself, the second both: to the gradient of v 1.5 and 0.5 from each head
+        slopes = torch.tensor([1.5, 0.5], device=device)[:, None, None].mul(share).expand_as(v)
+        return torch.allclose(out, v.repeat_interleave(share, dim=1), rtol=1e-2) and torch.allclose(v.grad.float(), slopes, rtol=1e-2)  # type: ignore[union-attr]
+
+
+def _before_each(prefix: Tensor, rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """`prefix` `[P, G, d]` in front of each sequence of `rows` `[T, G, d]`."""
+    return torch.cat([part for sequence in rows.split(lengths) for part in (prefix.to(rows.dtype), sequence)])
+
+
+@lru_cache(maxsize=16)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sequence begins, and the end `[N + 1]` int32. Kept for all layers: each copy to the device would wait for it."""
+    with torch.inference_mode(False):  # autograd keeps it
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Literal, cast
 
@@ -13,6 +14,7 @@ from trueline.errors import RunError
 from trueline.model.decoder import Decoder, DecoderConfig, Prefix
 from trueline.model.heads import LanguageModel, accumulation_dtype
 from trueline.model.layout import places_of
+from trueline.rollout.graphs import graphs_for
 from trueline.rollout.memory import Decode, Memory, Mixed, Prefill, free_memory, make_memory
 from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
@@ -168,6 +170,7 @@ class Engine:
         self.front = 0  # tokens of the learned prefix
         self.memory: Memory | None = None
         self.preempted = 0  # requests that had to begin again, in all
+        self.graphs = graphs_for(model.decoder)
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -216,6 +219,8 @@ class Engine:
         lengths = [len(p) + sampling.max_new_tokens for p in prompts]
         budget = free_memory(weight.device) // 2 if self.budget is None else self.budget
         self.memory = make_memory(config, weight.dtype, weight.device, lengths, rows, budget)
+        if self.graphs is not None and self.memory.table is None:
+            self.memory.reserve(rows, [max(lengths)], max(lengths))  # at once: a memory that grows moves, and recordings end
         stops = torch.zeros(config.vocab_size, dtype=torch.bool, device=weight.device)
         stops[[s for s in sampling.stop if 0 <= s < len(stops)]] = True
         with _evaluating(self.model):
@@ -240,7 +245,7 @@ class Engine:
         longest = max(running.lengths[:old], default=0)
         inputs = tuple(x[:old] for x in (running.newest, running.position, running.places) if x is not None)
         if not reading:
-            return self._decode(memory, longest, *inputs)
+            return self._replay(memory, longest, *inputs)
         prompts = [work.prompts[i] for i in reading]
         lengths = [len(p) for p in prompts]
         prefill = Prefill.of(lengths, list(range(old, len(running))), memory, contexts, anchors)
@@ -249,6 +254,13 @@ class Engine:
         hidden = decoder(torch.cat((running.newest[:old], read)), layout, self.model.role)
         ends = [old - 1 + end for end in accumulate(lengths)]
         return _logits(decoder, hidden[torch.tensor([*range(old), *ends], device=read.device)])
+
+    def _replay(self, memory: Memory, longest: int, *inputs: Tensor) -> Tensor:
+        """`_decode`, recorded where that can be: what fills up a batch is written to rows of no request; pages all belong to one."""
+        if self.graphs is None or memory.table is not None or self.front:
+            return self._decode(memory, longest, *inputs)
+        key = (self.model.role, memory.keys.shape, memory.keys.data_ptr(), memory.values.data_ptr(), *(place for place, _ in self.state))
+        return self.graphs(partial(self._decode, memory, memory.keys.shape[3]), inputs, memory.keys.shape[1], key)
 
     def _decode(self, memory: Memory, longest: int, newest: Tensor, position: Tensor, places: Tensor | None = None) -> Tensor:
         """Logits after the running requests' newest tokens; tensors of N rows, `longest` as `Decode.of` has it."""

@@ -14,6 +14,7 @@ from trueline.errors import RunError
 from trueline.model.attention import decode_attention, decode_prefixed
 from trueline.model.decoder import DecoderConfig
 from trueline.model.layout import Packed, block_positions, count_up
+from trueline.rollout.decode import cached_attention, kernel_for
 
 AHEAD = 64  # columns reserved ahead, at least: growing copies
 PAGE = 16  # tokens; half of it is what a request leaves unused on average
@@ -200,7 +201,8 @@ def make_memory(config: DecoderConfig, dtype: torch.dtype, device: torch.device,
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on `device`; on a CPU MemAvailable of /proc/meminfo, or 2**62 where there is none."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # what the allocator holds of past steps is as good as free
+        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -249,7 +251,7 @@ class Decode:
     rows: Tensor  # 0 .. N - 1
     columns: Tensor  # where each token is stored [N]: how many stand before it
     lengths: Tensor  # tokens stored of each, the newest included [N] int32
-    # by window: [N, G, 1, prefix and columns read], minus infinity where a request's newest token does not look
+    # by window: [N, G, 1, prefix and columns read], minus infinity where a request's newest token does not look; none for a kernel
     masks: dict[int | None, Tensor]
     longest: int  # columns read
 
@@ -261,9 +263,9 @@ class Decode:
         """
         device, dtype = memory.keys.device, memory.keys.dtype
         positions = index if places is None else block_positions(index, places)
-        ahead = torch.arange(-front, longest, device=device) - index[:, None]
         masks = {}
-        for window in windows:
+        for window in windows if front or kernel_for(memory.keys) is None else ():
+            ahead = torch.arange(-front, longest, device=device) - index[:, None]
             unseen = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
             mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
             # repeated for each head once, for all layers
@@ -272,6 +274,8 @@ class Decode:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         self.memory.write(layer, self.rows, self.columns, k, v)
+        if not self.masks:
+            return cached_attention(q, self.memory.keys[layer], self.memory.values[layer], self.lengths, window, self.memory.table)
         return decode_attention(q, *self.memory.past(len(q), self.longest, layer), self.masks[window])
 
     def attend_prefixed(
