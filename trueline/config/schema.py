@@ -135,6 +135,8 @@ class DpoConfig(Config):
     """Assumed share of flipped preferences (conservative DPO); sigmoid only."""
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss."""
+    share_prefix: Literal["auto"] | bool = "auto"
+    """Run each pair's prompt once for both answers; auto: where that saves more than a tenth of the data's tokens."""
 
     def conflicts(self) -> list[str]:
         return ["dpo.label_smoothing needs dpo.loss: sigmoid"] if self.label_smoothing and self.loss != "sigmoid" else []
@@ -156,6 +158,8 @@ class ReferenceConfig(Config):
 class RankingConfig(Config):
     loss: Literal["last", "tokenwise"] = "last"
     """last: Bradley-Terry on the scores of the last tokens; tokenwise: on every token after the answers part (MindRLHF's)."""
+    share_prefix: Literal["auto"] | bool = "auto"
+    """Run each pair's prompt once for both answers; auto: where that saves more than a tenth of the data's tokens."""
 
 
 class CriticConfig(Config):

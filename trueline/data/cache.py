@@ -150,7 +150,7 @@ def items_fingerprint(*parts: Sequence[Any]) -> str:
     """Hash of all items' tokens, of which are trained and of their contexts, in order; stored digests give the same as the items do."""
     total = hashlib.sha256()
     for items in parts:
-        total.update(items.digests().tobytes() if isinstance(items, Items) else b"".join(digest(item) for item in items))
+        total.update(items.digests().tobytes() if hasattr(items, "digests") else b"".join(digest(item) for item in items))
     return total.hexdigest()
 
 

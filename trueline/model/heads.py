@@ -80,10 +80,12 @@ class LanguageModel(nn.Module):
 
         With a temperature, the log-probabilities of the distribution tokens are sampled from: logits / temperature, before any truncation.
         """
-        hidden = self.decoder(batch.tokens, batch.layout, self.role)
+        hidden = self.decoder(batch.inputs, batch.layout, self.role)
         rows = batch.trained.nonzero()[:, 0]
         # the shift: token t is predicted by the state at t - 1
-        picked = LinearLogProbability.apply(hidden[rows - 1], self.decoder.head.weight, batch.tokens[rows], temperature)  # type: ignore[union-attr]
+        picked = LinearLogProbability.apply(
+            batch.states(hidden, rows - 1), self.decoder.head.weight, batch.tokens[rows], temperature  # type: ignore[union-attr]
+        )
         return picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked)
 
 
@@ -99,8 +101,8 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Score of each token's state `[T]`; float32 (float64 for a float64 model)."""
-        hidden = self.decoder(batch.tokens, batch.layout, self.role)
-        scores: Tensor = self.score(hidden)[:, 0]
+        hidden = self.decoder(batch.inputs, batch.layout, self.role)
+        scores = batch.states(self.score(hidden)[:, 0])
         return scores.to(accumulation_dtype(scores.dtype))
 
 
