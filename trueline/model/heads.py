@@ -30,8 +30,8 @@ class LinearLogProbability(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
         picked, totals = [], []
-        for rows, wanted in _chunks(hidden, target):
-            for logits, targets in _blocks(rows @ weight.T, wanted):
+        for _, chunk, wanted in _chunks(hidden, weight, target):
+            for logits, targets in _blocks(chunk, wanted):
                 found, top, total = _exponentials(_wide(logits), targets, temperature)
                 totals.append(total.log_().add_(top))
                 picked.append(found - totals[-1])
@@ -44,8 +44,7 @@ class LinearLogProbability(torch.autograd.Function):
         hidden, weight, target, totals = ctx.saved_tensors  # type: ignore[attr-defined]
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
         sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
-        for rows, wanted, total, slope in _chunks(hidden, target, totals, grad / temperature):
-            change = rows @ weight.T
+        for rows, change, wanted, total, slope in _chunks(hidden, weight, target, totals, grad / temperature):
             for logits, targets, norm, factor in _blocks(change, wanted, total, slope):
                 # d log p / d logits = onehot - softmax, made in the logits' own memory
                 wide = _wide(logits)
@@ -64,8 +63,7 @@ class LinearLogLikelihood(torch.autograd.Function):
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         picked = hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype))
         sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
-        for rows, wanted in _chunks(hidden, target):
-            change = rows @ weight.T
+        for rows, change, wanted in _chunks(hidden, weight, target):
             for logits, targets in _blocks(change, wanted):
                 wide = _wide(logits)
                 found, top, total = _exponentials(wide, targets, 1.0)
@@ -110,12 +108,14 @@ class _Gradients:
         return hidden, None if weight is None else weight.to(self.dtype)
 
 
-def _chunks(hidden: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The columns' rows, so many at a time as the logits of are held at once."""
+def _chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of `hidden`, their logits and the columns' rows, so many at a time as the logits of are held: all in the same memory."""
     size = CHUNK
     if hidden.device.type == "cpu":
         size = min(CHUNK, (NARROW if hidden.shape[1] <= NARROW else CPU_CHUNK) * (2 if hidden.itemsize == 2 else 1))
-    return zip(*(x.split(size) for x in (hidden, *columns)), strict=True)
+    room = hidden.new_empty(min(size, len(hidden)), len(weight))
+    for rows, *others in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
+        yield rows, torch.mm(rows, weight.T, out=room[: len(rows)]), *others
 
 
 def _blocks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
