@@ -84,8 +84,10 @@ class OptimizerConfig(Config):
     """AdamW's two averaging factors."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's denominator floor."""
-    max_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    max_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm; none: never."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is made, and drop that; needs max_norm: none and one micro-batch a step."""
     warmup: float = Field(0.05, ge=0)
     """Linear warm-up: a share of all steps below 1, a number of steps from 1 on."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -94,6 +96,10 @@ class OptimizerConfig(Config):
     """Share of the peak learning rate the schedule ends at."""
     states: Literal["float32", "split", "bfloat16", "int8"] = "float32"
     """How bfloat16 weights are updated; split: float32's bits in less memory; bfloat16, int8: moments so, weights rounded at random."""
+
+    def conflicts(self) -> list[str]:
+        needless = "optimizer.in_backward updates before the norm of all gradients is known; set optimizer.max_norm=none too"
+        return [needless] if self.in_backward and self.max_norm is not None else []
 
 
 class MeshConfig(Config):
@@ -340,6 +346,8 @@ class PpoStageConfig(StageConfig):
         found = {
             "ppo.ptx_coefficient and data.ptx need each other; give both or neither": bool(ppo.ptx_coefficient) != bool(self.data.ptx),
             "ppo.kl_target adapts ppo.kl_coefficient, which must then start above 0": ppo.kl_target is not None and not ppo.kl_coefficient,
+            "optimizer.in_backward is for sft, reward and dpo; PPO's passes are in several micro-batches":
+                any(o is not None and o.in_backward for o in (self.optimizer, self.critic.optimizer)),
             "reference.kind: stored is for dpo; rollouts are new each iteration": self.reference.kind == "stored",
             "sampling.temperature: 0 never explores; PPO needs a positive temperature": self.sampling.temperature == 0,
             "ppo.minibatches exceeds rollout.prompts x rollout.samples": ppo.minibatches > self.rollout.prompts * self.rollout.samples,

@@ -86,17 +86,19 @@ class _Gradients:
     def __init__(self, hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool):
         self.source, self.hidden = (weight, torch.empty_like(hidden)) if for_hidden else (None, None)
         # float32 even for a bfloat16 head: chunk sums in 16 bits would bias the gradient
-        self.weight = torch.zeros_like(weight, dtype=accumulation_dtype(weight.dtype)) if for_weight else None
-        self.dtype, self.done = weight.dtype, 0
+        self.weight = torch.empty_like(weight, dtype=accumulation_dtype(weight.dtype)) if for_weight else None
+        self.dtype, self.done, self.first = weight.dtype, 0, True
 
     def add(self, rows: Tensor, change: Tensor) -> None:
         if self.hidden is not None and self.source is not None:
             torch.mm(change, self.source, out=self.hidden[self.done : self.done + len(rows)])
         if self.weight is not None and self.weight.dtype == change.dtype:
-            self.weight.addmm_(change.T, rows)
+            self.weight.addmm_(change.T, rows, beta=0 if self.first else 1)  # with 0, what the memory held does not count
+        elif self.weight is not None and self.first:
+            self.weight.copy_(change.T @ rows)
         elif self.weight is not None:
             self.weight += change.T @ rows
-        self.done += len(rows)
+        self.done, self.first = self.done + len(rows), False
 
     def whole(self, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Both gradients in their tensors' dtypes, times `scale`; they are given away, so once only."""
