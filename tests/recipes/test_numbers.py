@@ -123,12 +123,12 @@ def test_shared_prompts_are_the_same_run(toys: Toys, trueline: Commands, tmp_pat
     """Every number but how many tokens were run; `auto` shares where it saves more than a tenth, and says so."""
     held_out = ["model.dtype=float64", "data.eval_fraction=0.2", f"data.cache={tmp_path / 'cache'}"]
     long = lines(tmp_path / "long.jsonl", [{"prompt": "say red green " * 8, "chosen": f"{i} red", "rejected": f"no {i}"} for i in range(12)])
-    short = lines(tmp_path / "short.jsonl", [{"prompt": "a", "chosen": f"{i} red " * 9, "rejected": f"no {i} " * 9} for i in range(12)])
+    short = lines(tmp_path / "short.jsonl", [{"prompt": "a", "chosen": f"{i} red " * 50, "rejected": f"no {i} " * 50} for i in range(12)])
     for name, file in (("long", long), ("short", short)):
         found, said = {}, {}
         for wanted in ("true", "false", "auto"):
             folder = tmp_path / f"{name}-{wanted}"
-            settings = [f"data.train={file}", f"{section}.share_prefix={wanted}", "batch.max_tokens=500", *held_out]
+            settings = [f"data.train={file}", f"{section}.share_prefix={wanted}", "batch.max_tokens=3000", "data.max_length=512", *held_out]
             said[wanted] = trueline(stage, toys.config(stage), f"run.output={folder}", *settings).ok().out
             found[wanted] = metrics(folder)
         other = {"tokens", "tokens_per_second", "seconds"}
