@@ -1,8 +1,9 @@
-"""Cross entropy of a vocabulary head, forward and backward: naive, PyTorch's chunked one where it has it, and our two. One rule: equal first.
+"""Cross entropy of a vocabulary head, forward and backward: naive, PyTorch's `linear_cross_entropy` where it has it, and our two.
 
-Ours: the sum, as SFT uses it (`trueline`), and one value for each row, as DPO and PPO do (`trueline rows`, whose slopes are not known before
-the backward pass). Every side runs in a process of its own, which reads its peak of resident memory above what it held before (Linux), in the first round.
-Sides take turns by round; processor time is beside wall time, for a machine that others use. One JSON line per reading, then a table.
+One rule: equal first. Ours: the sum, as SFT uses it (`trueline`), and one value for each row, as DPO and PPO do (`trueline rows`: slopes
+are not known before the backward pass). Every side runs in a process of its own, which reads its peak of resident memory above what it held
+before (Linux), in the first round. Sides take turns by round; processor time is beside wall time, for a machine that others use. One JSON
+line per reading, then a table.
 
 `python bench/loss.py [--rounds N] [--threads N] [--tokens N] [--vocabulary N] [--hidden N ...]`
 """

@@ -1,7 +1,7 @@
 """DPO with prompts run once for both answers beside the plain path, on a random Qwen2 of 25 million weights. One rule: equal first.
 
-The reading is the speed-up over its bound (2P + C + R) / (P + C + R). The two sides take turns in one process; processor time is beside wall
-time, for a machine that others use. One JSON line per case, and the plain side's halves against each other as the spread.
+The reading is the speed-up over its bound (2P + C + R) / (P + C + R). The two sides take turns in one process; processor time is beside
+wall time, for a machine that others use. One JSON line per case, and the plain side's halves against each other as the spread.
 
 `python bench/prefix.py [--rounds N] [--threads N] [--pairs N] [--dtype float32|bfloat16]`
 """

@@ -92,7 +92,8 @@ def test_in_bfloat16_both_losses_are_as_near_to_the_truth():
     target = torch.randint(0, 90, (700,), generator=draw)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     LinearLogProbability.apply(*exact, target, 1.0).sum().backward()
-    for loss in (lambda: LinearLogProbability.apply(hidden, weight, target, 1.0).sum(), lambda: LinearLogLikelihood.apply(hidden, weight, target)):
+    apart, together = LinearLogProbability.apply, LinearLogLikelihood.apply
+    for loss in (lambda: apart(hidden, weight, target, 1.0).sum(), lambda: together(hidden, weight, target)):
         hidden.grad = weight.grad = None
         loss().backward()
         for ours, true in zip((hidden, weight), exact, strict=True):

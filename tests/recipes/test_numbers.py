@@ -122,7 +122,7 @@ def test_the_whole_chain(toys: Toys, trueline: Commands, tmp_path: Path) -> None
 def test_shared_prompts_are_the_same_run(toys: Toys, trueline: Commands, tmp_path: Path, stage: str, section: str) -> None:
     """Every number but how many tokens were run; `auto` shares where it saves more than a tenth, and says so."""
     held_out = ["model.dtype=float64", "data.eval_fraction=0.2", f"data.cache={tmp_path / 'cache'}"]
-    long = lines(tmp_path / "long.jsonl", [{"prompt": "say red green " * 8, "chosen": f"{i} red", "rejected": f"no {i}"} for i in range(12)])
+    long = lines(tmp_path / "long.jsonl", [{"prompt": "say red one " * 8, "chosen": f"{i} red", "rejected": f"no {i}"} for i in range(12)])
     short = lines(tmp_path / "short.jsonl", [{"prompt": "a", "chosen": f"{i} red " * 50, "rejected": f"no {i} " * 50} for i in range(12)])
     for name, file in (("long", long), ("short", short)):
         found, said = {}, {}
@@ -145,12 +145,12 @@ def test_updates_in_the_backward_pass_are_the_same_run(toys: Toys, trueline: Com
     for name, settings in {
         "plain": ["batch.max_tokens=1000"],
         "inside": ["batch.max_tokens=1000", "optimizer.in_backward=true"],
-        "cut": ["batch.max_tokens=130", "optimizer.in_backward=true"],
+        "cut": ["batch.max_tokens=70", "optimizer.in_backward=true"],
     }.items():
         folder = tmp_path / name
-        told[name] = trueline("sft", toys.config("sft"), f"run.output={folder}", "optimizer.max_norm=none", *settings).ok().out
+        told[name] = trueline("sft", toys.config("sft"), f"run.output={folder}", "optimizer.max_norm=null", *settings).ok().out
         written[name] = (folder / "model" / "model.safetensors").read_bytes()
     assert written["inside"] == written["plain"]
-    assert told["cut"].count("all gradients are held") == 1 and "all gradients are held" not in told["inside"]
+    assert told["cut"].count("holds all gradients") == 1 and "holds all gradients" not in told["inside"]
     refused = trueline("sft", toys.config("sft"), f"run.output={tmp_path / 'no'}", "optimizer.in_backward=true").refused()
-    assert "set optimizer.max_norm=none too" in refused
+    assert "set optimizer.max_norm=null too" in refused

@@ -87,7 +87,7 @@ class OptimizerConfig(Config):
     max_norm: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this global norm; none: never."""
     in_backward: bool = False
-    """Update each weight as soon as its gradient is made, and drop that; needs max_norm: none and one micro-batch a step."""
+    """Update each weight as soon as its gradient is made, and drop that; needs max_norm: null and one micro-batch a step."""
     warmup: float = Field(0.05, ge=0)
     """Linear warm-up: a share of all steps below 1, a number of steps from 1 on."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -98,7 +98,7 @@ class OptimizerConfig(Config):
     """How bfloat16 weights are updated; split: float32's bits in less memory; bfloat16, int8: moments so, weights rounded at random."""
 
     def conflicts(self) -> list[str]:
-        needless = "optimizer.in_backward updates before the norm of all gradients is known; set optimizer.max_norm=none too"
+        needless = "optimizer.in_backward updates before the norm of all gradients is known; set optimizer.max_norm=null too"
         return [needless] if self.in_backward and self.max_norm is not None else []
 
 

@@ -93,7 +93,7 @@ class Block:
             found = json.loads(self.batch.column("prompt")[i].as_py())
             messages = tuple(Message(*message) for message in found["messages"])
             return TokenPrompt(samples[0].tokens, Prompt(Conversation(messages, tuple(found["tools"])), found["record"]))
-        return Pair(*samples) if self.kind == "pair" else samples[0]
+        return Pair(samples[0], samples[1]) if self.kind == "pair" else samples[0]
 
     @staticmethod
     def _sample(side: tuple[Any, ...], i: int) -> Sample:

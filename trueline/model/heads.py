@@ -84,7 +84,8 @@ class _Gradients:
     """What chunks of changed logits `[rows, V]` add up to, for the hidden states and for the head's weight where they are wanted."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool):
-        self.source, self.hidden = (weight, torch.empty_like(hidden)) if for_hidden else (None, None)
+        self.source = weight if for_hidden else None
+        self.hidden = torch.empty_like(hidden) if for_hidden else None
         # float32 even for a bfloat16 head: chunk sums in 16 bits would bias the gradient
         self.weight = torch.empty_like(weight, dtype=accumulation_dtype(weight.dtype)) if for_weight else None
         self.dtype, self.done, self.first = weight.dtype, 0, True
@@ -132,7 +133,10 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _exponentials(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes exp(logit - the row's highest) of logits / temperature in their own memory; the target's logit, the highest and the sum `[rows]`."""
+    """Makes exp(logit - the row's highest) of logits / temperature in their own memory.
+
+    Returns the target's logit, the highest, and the sum of what was made, each `[rows]`.
+    """
     if temperature != 1:
         logits.div_(temperature)
     found = logits.gather(-1, target[:, None])[:, 0]

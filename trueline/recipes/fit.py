@@ -109,7 +109,7 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
             def attempt(tokens: int, items: Sequence[T] = items, settings: dict[str, Any] = settings) -> dict[str, float]:
                 batches = micro_batches(task, items, tokens, world)
                 if config.optimizer.in_backward and len(batches) > 1:
-                    say_once("optimizer.in_backward: where a step has several micro-batches, all gradients are held; raise batch.max_tokens")
+                    say_once("optimizer.in_backward: a step of several micro-batches holds all gradients; raise batch.max_tokens")
                 return train_step(optimizer, batches, task.objective, task.count, **settings)
 
             values = budget.fit([len(item) for item in items], attempt)

@@ -82,7 +82,7 @@ def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, see
         for answer in (preference.chosen, preference.rejected):
             messages = (*preference.prompt.messages, answer)
             sides.append(family.render(replace(preference.prompt, messages=messages), tokenizer, last_only=True))
-        return Pair(*sides)
+        return Pair(sides[0], sides[1])
 
     def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Preference]]:
         return iter_preferences([path], data.format, data.ranked, problems, equal)

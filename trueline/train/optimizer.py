@@ -51,15 +51,15 @@ class Optimizer:
                 self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
                 parameter.grad = None
 
-    def gradients(self, all_of_them: bool = False) -> dict[str, Tensor]:
-        """Gradients by name, at least float32, of the parameters that have one; with `all_of_them`, zeros for the others."""
+    def gradients(self, names: Iterable[str] | None = None, all_of_them: bool = False) -> dict[str, Tensor]:
+        """Gradients by name, at least float32, of all parameters (or `names`) that have one; with `all_of_them`, zeros for the others."""
         if all_of_them:
             for name, parameter in self.parameters.items():
                 if name in self.halves:
                     self.sums.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
                 elif parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        found = {name: self.gradient(name) for name in self.parameters}
+        found = {name: self.gradient(name) for name in names or self.parameters}
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def gradient(self, name: str) -> Tensor | None:
@@ -68,7 +68,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float, only: str | None = None) -> None:
         """One update at learning rate `lr`, of all parameters or `only` of one; their gradients are dropped."""
-        gradients = self.gradients() if only is None else {only: g for g in [self.gradient(only)] if g is not None}
+        gradients = self.gradients([only] if only else None)
         for name in gradients:
             if name not in self.kept:
                 fields = self._fields(name).items()

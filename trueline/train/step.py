@@ -59,7 +59,8 @@ def train_step(
 
     Every kind of item an objective returns a loss for must be counted by `count`, and kinds and metrics must be the same on every rank.
     Gradients are scaled down to the global norm `max_norm`. With `optimizer.in_backward`, one rank and one micro-batch, each weight is
-    updated within the backward pass (`_update_in_backward`), to the same bits. `seed` fixes whatever the model draws (dropout), so a resumed run draws it too.
+    updated within the backward pass (`_update_in_backward`), to the same bits. `seed` fixes whatever the model draws
+    (dropout), so a resumed run draws it too.
     Raises NonFinite before the update, naming the first bad tensor, and OutOfMemory.
     """
     torch.manual_seed(seed + world.rank)
