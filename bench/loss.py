@@ -1,4 +1,4 @@
-"""Cross entropy of a vocabulary head, forward and backward: naive, PyTorch's `linear_cross_entropy` where it has it, and our two.
+"""Cross entropy of a vocabulary head, forward and backward: naive, PyTorch's chunked one where it has it, and our two.
 
 One rule: equal first. Ours: the sum, as SFT uses it (`trueline`), and one value for each row, as DPO and PPO do (`trueline rows`: slopes
 are not known before the backward pass). Every side runs in a process of its own, which reads its peak of resident memory above what it held
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,8 +32,8 @@ SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "trueline": lambda hidden, weight, target: -LinearLogLikelihood.apply(hidden, weight, target) / len(target),
     "trueline rows": lambda hidden, weight, target: -LinearLogProbability.apply(hidden, weight, target, 1.0).mean(),
 }
-if hasattr(F, "linear_cross_entropy"):
-    SIDES["torch"] = F.linear_cross_entropy
+if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    SIDES["torch"] = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())  # without options it is the naive one
 
 
 def memory(field: str) -> int:
