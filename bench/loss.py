@@ -1,7 +1,9 @@
-"""Cross entropy of a vocabulary head, forward and backward: naive, PyTorch's chunked one where it has it, and ours. One rule: equal first.
+"""Cross entropy of a vocabulary head, forward and backward: naive, PyTorch's chunked one where it has it, and our two.
 
-Every side runs in a process of its own, which reads its peak of resident memory above what it held before (Linux), in the first round.
-Sides take turns by round; processor time is beside wall time, for a machine that others use. One JSON line per reading, then a table.
+One rule: equal first. Ours: the sum, as SFT uses it (`trueline`), and one value for each row, as DPO and PPO do (`trueline rows`: slopes
+are not known before the backward pass). Every side runs in a process of its own, which reads its peak of resident memory above what it held
+before (Linux), in the first round. Sides take turns by round; processor time is beside wall time, for a machine that others use. One JSON
+line per reading, then a table.
 
 `python bench/loss.py [--rounds N] [--threads N] [--tokens N] [--vocabulary N] [--hidden N ...]`
 """
@@ -14,22 +16,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trueline.model.heads import LinearLogProbability
+from trueline.model.heads import LinearLogLikelihood, LinearLogProbability
 
 EQUAL = 1e-4  # relative, float32: loss and norms of both gradients
 
 SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "naive": lambda hidden, weight, target: F.cross_entropy(hidden @ weight.T, target),
-    "trueline": lambda hidden, weight, target: -LinearLogProbability.apply(hidden, weight, target, 1.0).mean(),
+    "trueline": lambda hidden, weight, target: -LinearLogLikelihood.apply(hidden, weight, target) / len(target),
+    "trueline rows": lambda hidden, weight, target: -LinearLogProbability.apply(hidden, weight, target, 1.0).mean(),
 }
-if hasattr(F, "linear_cross_entropy"):
-    SIDES["torch"] = F.linear_cross_entropy
+if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+    SIDES["torch"] = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())  # without options it is the naive one
 
 
 def memory(field: str) -> int:

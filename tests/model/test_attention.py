@@ -157,3 +157,34 @@ def test_sequence_ends_are_made_once_and_can_be_kept_for_backward():
 def test_no_varlen_attention_off_cuda():
     assert varlen_kernel_for(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) is None
     assert "window_size" in inspect.signature(varlen_kernel()).parameters  # this torch's own
+
+
+SEEN = [((5, 2), (5, 6)), ((3, 3, 1), (7, 7, 1)), ((4, 4, 2, 2), (4, 4, 2, 9))]  # queries and keys of each sequence
+
+
+def whole(q, lengths, seen):
+    """Queries in front, so that every sequence has as many as keys; and which rows of the result are the real ones."""
+    parts, kept = [], []
+    for part, n, m in zip(np.split(q, np.cumsum(lengths)[:-1]), lengths, seen, strict=True):
+        parts.append(np.concatenate([np.random.default_rng(n).normal(size=(m - n, *q.shape[1:])), part]))
+        kept += [False] * (m - n) + [True] * n
+    return np.concatenate(parts), kept
+
+
+@pytest.mark.parametrize(("lengths", "seen"), SEEN)
+@pytest.mark.parametrize("prefix_size", [0, 3])
+def test_fewer_queries_than_keys_are_the_last_of_their_sequence(lengths, seen, prefix_size):
+    (q, *_), (_, k, v) = draw(sum(lengths)), draw(sum(seen))
+    prefix = draw(prefix_size)[1:] if prefix_size else None
+    more, kept = whole(q, lengths, seen)
+    given = map(torch.from_numpy, prefix) if prefix is not None else (None, None)
+    found = packed_attention(*map(torch.from_numpy, (q, k, v)), lengths, (), *given, seen=seen)
+    np.testing.assert_allclose(found.numpy(), oracle(more, k, v, seen, (), prefix)[kept], atol=1e-12)
+
+
+@pytest.mark.parametrize(("lengths", "seen"), SEEN)
+@pytest.mark.parametrize("window", [None, 1, 3])
+def test_what_the_accelerators_kernel_is_given(lengths, seen, window):
+    (q, *_), (_, k, v) = (map(torch.from_numpy, draw(n)) for n in (sum(lengths), sum(seen)))
+    expected = packed_attention(q, k, v, lengths, window=window, seen=seen)
+    torch.testing.assert_close(varlen_attention(Flash(word=True), q, k, v, lengths, seen, window), expected, rtol=0, atol=1e-12)

@@ -6,7 +6,7 @@ from trueline.data.sample import Sample
 from trueline.model import heads
 from trueline.model.batch import pack
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
-from trueline.model.heads import LanguageModel, LinearLogProbability, Scorer, accumulation_dtype, values_before
+from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogProbability, Scorer, accumulation_dtype, values_before
 
 CONFIG = DecoderConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=20, init_std=0.3)
 
@@ -58,6 +58,47 @@ def test_chunks_do_not_matter(decoder, monkeypatch):
         results.append((out.detach(), decoder.head.weight.grad.clone(), decoder.embed.weight.grad.clone()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("sizes", [{}, {"CPU_CHUNK": 3, "NARROW": 3}, {"CACHED": 60}, {"CHUNK": 4, "CACHED": 1}])
+def test_the_total_is_the_sum_and_has_its_gradients(decoder, monkeypatch, sizes, frozen):
+    for name, value in sizes.items():
+        monkeypatch.setattr(heads, name, value)
+    decoder.head.weight.requires_grad_(not frozen)
+    model, batch, found = LanguageModel(decoder), batch_of("xxxxxxx", "x.xx", "."), []
+    for total in (lambda: model(batch).sum(), lambda: model.total(batch)):
+        decoder.zero_grad()
+        value = total()
+        (value * -0.3).backward()
+        found.append({n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None} | {"": value.detach()})
+    assert found[0].keys() == found[1].keys() and ("head.weight" in found[0]) is not frozen
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-12, atol=1e-14)
+    with torch.no_grad():
+        assert model.total(batch) == model(batch).sum()
+
+
+def test_a_total_is_differentiated_once(decoder):
+    total = LanguageModel(decoder).total(batch_of("xxx"))
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="no second backward"):
+        total.backward()
+
+
+def test_in_bfloat16_both_losses_are_as_near_to_the_truth():
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 24, generator=draw).bfloat16().requires_grad_() for n in (700, 90))
+    target = torch.randint(0, 90, (700,), generator=draw)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    LinearLogProbability.apply(*exact, target, 1.0).sum().backward()
+    apart, together = LinearLogProbability.apply, LinearLogLikelihood.apply
+    for loss in (lambda: apart(hidden, weight, target, 1.0).sum(), lambda: together(hidden, weight, target)):
+        hidden.grad = weight.grad = None
+        loss().backward()
+        for ours, true in zip((hidden, weight), exact, strict=True):
+            assert ours.grad.dtype == torch.bfloat16
+            assert (ours.grad - true.grad).norm() / true.grad.norm() < 0.01
 
 
 def test_a_frozen_head_gets_no_gradient(decoder):

@@ -116,3 +116,41 @@ def test_the_whole_chain(toys: Toys, trueline: Commands, tmp_path: Path) -> None
     trueline("generate", tmp_path / "out", "--prompts", prompts, "--out", tmp_path / "answers.jsonl", "max_new_tokens=8").ok()
     answers = records(tmp_path / "answers.jsonl")
     assert [a["prompt"] for a in answers] == ["say red 绿", "say blue one"] and all(a["tokens"] for a in answers)
+
+
+@pytest.mark.parametrize(("stage", "section"), [("dpo", "dpo"), ("reward", "ranking")])
+def test_shared_prompts_are_the_same_run(toys: Toys, trueline: Commands, tmp_path: Path, stage: str, section: str) -> None:
+    """Every number but how many tokens were run; `auto` shares where it saves more than a tenth, and says so."""
+    held_out = ["model.dtype=float64", "data.eval_fraction=0.2", f"data.cache={tmp_path / 'cache'}"]
+    long = lines(tmp_path / "long.jsonl", [{"prompt": "say red one " * 8, "chosen": f"{i} red", "rejected": f"no {i}"} for i in range(12)])
+    short = lines(tmp_path / "short.jsonl", [{"prompt": "a", "chosen": f"{i} red " * 50, "rejected": f"no {i} " * 50} for i in range(12)])
+    for name, file in (("long", long), ("short", short)):
+        found, said = {}, {}
+        for wanted in ("true", "false", "auto"):
+            folder = tmp_path / f"{name}-{wanted}"
+            settings = [f"data.train={file}", f"{section}.share_prefix={wanted}", "batch.max_tokens=3000", "data.max_length=512", *held_out]
+            said[wanted] = trueline(stage, toys.config(stage), f"run.output={folder}", *settings).ok().out
+            found[wanted] = metrics(folder)
+        other = {"tokens", "tokens_per_second", "seconds"}
+        for shared, plain, chosen in zip(*(found[x] for x in ("true", "false", "auto")), strict=True):
+            assert {k: v for k, v in shared.items() if k not in other} == pytest.approx({k: v for k, v in plain.items() if k not in other})
+            if "tokens" in plain:
+                assert shared["tokens"] < plain["tokens"]
+                assert chosen["tokens"] == (shared if name == "long" else plain)["tokens"]
+        assert ["times fewer tokens" in said[x] for x in ("true", "false", "auto")] == [True, False, name == "long"]
+
+
+def test_updates_in_the_backward_pass_are_the_same_run(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    written, told = {}, {}
+    for name, settings in {
+        "plain": ["batch.max_tokens=1000"],
+        "inside": ["batch.max_tokens=1000", "optimizer.in_backward=true"],
+        "cut": ["batch.max_tokens=70", "optimizer.in_backward=true"],
+    }.items():
+        folder = tmp_path / name
+        told[name] = trueline("sft", toys.config("sft"), f"run.output={folder}", "optimizer.max_norm=null", *settings).ok().out
+        written[name] = (folder / "model" / "model.safetensors").read_bytes()
+    assert written["inside"] == written["plain"]
+    assert told["cut"].count("holds all gradients") == 1 and "holds all gradients" not in told["inside"]
+    refused = trueline("sft", toys.config("sft"), f"run.output={tmp_path / 'no'}", "optimizer.in_backward=true").refused()
+    assert "set optimizer.max_norm=null too" in refused

@@ -10,7 +10,7 @@ from trueline.config.schema import OptimizerConfig
 from trueline.errors import RunError
 from trueline.parallel.world import World
 from trueline.train.optimizer import Optimizer, make_optimizer
-from trueline.train.step import Losses, NonFinite, Totals, average, evaluate, train_step
+from trueline.train.step import Losses, NonFinite, OutOfMemory, Totals, average, evaluate, train_step
 
 
 class Kept(Optimizer):
@@ -66,6 +66,57 @@ def test_gradients_are_scaled_down_to_the_norm_and_never_up() -> None:
     torch.testing.assert_close(optimizer.last["w"], torch.tensor([3.0, 4.0], dtype=torch.float64), rtol=1e-6, atol=0)
     step(optimizer, [0.5], objective, lambda b: {"items": 1}, max_norm=5.0)
     assert optimizer.last["w"].tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize(("bad", "said"), [(2, "loss of micro-batch 1 of 1"), (3, "gradient of w")])
+def test_in_the_backward_pass_nothing_that_is_not_finite_is_used(bad: int, said: str) -> None:
+    w = weight(1.0)
+    optimizer = Optimizer({"w": w}, OptimizerConfig(max_norm=None, in_backward=True))
+
+    def objective(batch: int) -> tuple[Losses, Totals]:
+        return {"items": (w.sum() * math.inf) if batch == 2 else (w - 1).sqrt().sum() if batch == 3 else w.sum()}, {}
+
+    step(optimizer, [1], objective, lambda b: {"items": 1}, max_norm=None)
+    assert w.item() != 1
+    w.data.fill_(1.0)
+    with pytest.raises(NonFinite, match=said):
+        step(optimizer, [bad], objective, lambda b: {"items": 1}, max_norm=None)
+    assert w.item() == 1.0
+
+
+def test_out_of_memory_after_an_update_is_the_end() -> None:
+    """Before the first update the step may be tried again; after it that would be a second update."""
+    first, last = weight(1.0), weight(1.0)
+    optimizer = Optimizer({"first": first, "last": last}, OptimizerConfig(max_norm=None, in_backward=True))
+
+    class Full(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise MemoryError
+
+    def inner(batch: int) -> tuple[Losses, Totals]:
+        return {"items": (Full.apply(first) + last).sum()}, {}
+
+    def whole(batch: int) -> tuple[Losses, Totals]:
+        return {"items": Full.apply(first + last).sum()}, {}
+
+    with pytest.raises(OutOfMemory):
+        step(optimizer, [1], whole, lambda b: {"items": 1}, max_norm=None)
+    assert first.item() == last.item() == 1
+    with pytest.raises(RunError, match="after the first weights were updated") as caught:
+        step(optimizer, [1], inner, lambda b: {"items": 1}, max_norm=None)
+    assert not isinstance(caught.value, OutOfMemory) and last.item() != 1
+
+
+def test_several_micro_batches_are_summed_first() -> None:
+    w = weight(1.0)
+    optimizer = Kept({"w": w}, OptimizerConfig(max_norm=None, in_backward=True))
+    step(optimizer, [1, 2], lambda b: ({"items": b * w.sum()}, {}), lambda b: {"items": 1}, max_norm=None)
+    assert optimizer.last["w"].item() == 1.5
 
 
 def test_gradients_are_gone_after_the_step() -> None:

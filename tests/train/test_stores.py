@@ -188,6 +188,36 @@ def test_split_is_float32_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(found, masters.masters[name]) and not torch.equal(found, parameter.float())
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("states", ["float32", "split", "bfloat16", "int8", "float32 weights"])
+def test_updates_in_the_backward_pass_are_the_same_bits(states: str, tied: bool) -> None:
+    """Weights, states, losses and norms; each gradient is dropped before the next layer's is made."""
+    found = []
+    for inside in (False, True):
+        dtype = torch.float32 if states == "float32 weights" else torch.bfloat16
+        of = model(dtype)
+        if tied:
+            of.decoder.head.weight = of.decoder.embed.weight
+        of.decoder.recompute = True
+        config = OptimizerConfig(states=states.split()[0], weight_decay=0.1, max_norm=None, in_backward=inside)
+        made = make_optimizer(dict(of.decoder.named_parameters()), config, 7)
+        held: list[int] = []
+
+        def count(_: object, made: Optimizer = made, held: list[int] = held) -> None:
+            held.append(len(made.sums) + sum(p.grad is not None for p in made.parameters.values()))
+
+        hooks = [p.register_post_accumulate_grad_hook(count) for p in made.parameters.values()]
+        settings = {"world": World(), "max_norm": None, "lr": 3e-3, "seed": 0}
+        logged = [train_step(made, batches(s)[:1], sft_objective(of), count_tokens, step=s + 1, **settings) for s in range(4)]
+        assert max(held) == (1 if inside else len(made.parameters)) and len(held) == 4 * len(hooks)
+        assert not made.gradients()
+        found.append((logged, {n: p.detach() for n, p in made.parameters.items()} | made.state()))
+    (plain, expected), (inner, same) = found
+    assert inner == plain and same.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(same[name], value), name
+
+
 def test_pieces_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """In pieces the draws differ, the step count does not; without a piece's end inside a block the scales are the same."""
     whole = start("int8")[1]

@@ -84,8 +84,10 @@ class OptimizerConfig(Config):
     """AdamW's two averaging factors."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's denominator floor."""
-    max_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this global norm."""
+    max_norm: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this global norm; none: never."""
+    in_backward: bool = False
+    """Update each weight as soon as its gradient is made, and drop that; needs max_norm: null and one micro-batch a step."""
     warmup: float = Field(0.05, ge=0)
     """Linear warm-up: a share of all steps below 1, a number of steps from 1 on."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -94,6 +96,10 @@ class OptimizerConfig(Config):
     """Share of the peak learning rate the schedule ends at."""
     states: Literal["float32", "split", "bfloat16", "int8"] = "float32"
     """How bfloat16 weights are updated; split: float32's bits in less memory; bfloat16, int8: moments so, weights rounded at random."""
+
+    def conflicts(self) -> list[str]:
+        needless = "optimizer.in_backward updates before the norm of all gradients is known; set optimizer.max_norm=null too"
+        return [needless] if self.in_backward and self.max_norm is not None else []
 
 
 class MeshConfig(Config):
@@ -135,6 +141,8 @@ class DpoConfig(Config):
     """Assumed share of flipped preferences (conservative DPO); sigmoid only."""
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the chosen answers' mean negative log-likelihood per token, added to the loss."""
+    share_prefix: Literal["auto"] | bool = "auto"
+    """Run each pair's prompt once for both answers; auto: where that saves more than a tenth of the data's tokens."""
 
     def conflicts(self) -> list[str]:
         return ["dpo.label_smoothing needs dpo.loss: sigmoid"] if self.label_smoothing and self.loss != "sigmoid" else []
@@ -156,6 +164,8 @@ class ReferenceConfig(Config):
 class RankingConfig(Config):
     loss: Literal["last", "tokenwise"] = "last"
     """last: Bradley-Terry on the scores of the last tokens; tokenwise: on every token after the answers part (MindRLHF's)."""
+    share_prefix: Literal["auto"] | bool = "auto"
+    """Run each pair's prompt once for both answers; auto: where that saves more than a tenth of the data's tokens."""
 
 
 class CriticConfig(Config):
@@ -349,6 +359,8 @@ class PpoStageConfig(StageConfig):
         found = {
             "ppo.ptx_coefficient and data.ptx need each other; give both or neither": bool(ppo.ptx_coefficient) != bool(self.data.ptx),
             "ppo.kl_target adapts ppo.kl_coefficient, which must then start above 0": ppo.kl_target is not None and not ppo.kl_coefficient,
+            "optimizer.in_backward is for sft, reward and dpo; PPO's passes are in several micro-batches":
+                any(o is not None and o.in_backward for o in (self.optimizer, self.critic.optimizer)),
             "reference.kind: stored is for dpo; rollouts are new each iteration": self.reference.kind == "stored",
             "sampling.temperature: 0 never explores; PPO needs a positive temperature": self.sampling.temperature == 0,
             "ppo.minibatches exceeds rollout.prompts x rollout.samples": ppo.minibatches > self.rollout.prompts * self.rollout.samples,

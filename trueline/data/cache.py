@@ -93,7 +93,7 @@ class Block:
             found = json.loads(self.batch.column("prompt")[i].as_py())
             messages = tuple(Message(*message) for message in found["messages"])
             return TokenPrompt(samples[0].tokens, Prompt(Conversation(messages, tuple(found["tools"])), found["record"]))
-        return Pair(*samples) if self.kind == "pair" else samples[0]
+        return Pair(samples[0], samples[1]) if self.kind == "pair" else samples[0]
 
     @staticmethod
     def _sample(side: tuple[Any, ...], i: int) -> Sample:
@@ -150,7 +150,7 @@ def items_fingerprint(*parts: Sequence[Any]) -> str:
     """Hash of all items' tokens, of which are trained and of their contexts, in order; stored digests give the same as the items do."""
     total = hashlib.sha256()
     for items in parts:
-        total.update(items.digests().tobytes() if isinstance(items, Items) else b"".join(digest(item) for item in items))
+        total.update(items.digests().tobytes() if hasattr(items, "digests") else b"".join(digest(item) for item in items))
     return total.hexdigest()
 
 

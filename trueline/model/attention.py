@@ -23,51 +23,59 @@ def packed_attention(
     prefix_keys: Tensor | None = None,
     prefix_values: Tensor | None = None,
     window: int | None = None,
+    seen: tuple[int, ...] | None = None,
 ) -> Tensor:
     """Causal attention inside each of several sequences laid end to end.
 
-    `q` `[T, H, d]`, `k`, `v` `[T, G, d]` with H a multiple of G; `lengths` sum to T. `contexts`: the first so many tokens of each
-    sequence are seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence.
+    `q` `[T, H, d]`, `k`, `v` `[T, G, d]` with H a multiple of G; `lengths` sum to T. `seen`: so many keys and values has each sequence,
+    when these are more than its queries, which are then the last of it; their lengths sum to those of `k` and `v`. `contexts`: the first
+    so many tokens of each sequence are seen by all of it. `prefix_keys`, `prefix_values` `[P, G, d]` stand before every sequence.
     `window`: each token sees so many of the newest, itself and the prefix counted. Returns `[T, H, d]`.
     """
     front = 0 if prefix_keys is None else len(prefix_keys)
-    if window is not None and window >= front + max(lengths):
+    seen = seen or lengths
+    if window is not None and window >= front + max(seen):
         window = None
     plain = not contexts and prefix_keys is None
     if not contexts and (kernel := varlen_kernel_for(q)) is not None:
         if prefix_keys is not None and prefix_values is not None:
-            k, v = _before_each(prefix_keys, k, lengths), _before_each(prefix_values, v, lengths)
-        return varlen_attention(kernel, q, k, v, lengths, tuple(front + n for n in lengths), window)
+            k, v = _before_each(prefix_keys, k, seen), _before_each(prefix_values, v, seen)
+        return varlen_attention(kernel, q, k, v, lengths, tuple(front + n for n in seen), window)
     if plain and window is None:
-        return _runs(q, k, v, lengths)
+        return _runs(q, k, v, lengths, seen)
     parts = []
-    for i, (q1, k1, v1) in enumerate(zip(*(x.split(lengths) for x in (q, k, v)), strict=True)):
-        n = lengths[i]
-        mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril_()
+    for i, (q1, k1, v1) in enumerate(zip(q.split(lengths), k.split(seen), v.split(seen), strict=True)):
+        before = seen[i] - lengths[i]
+        mask = _causal(lengths[i], seen[i], q.device)
         if contexts and contexts[i]:
             mask[:, : contexts[i]] = True
         if prefix_keys is not None and prefix_values is not None:
             k1, v1 = torch.cat((prefix_keys.to(k1.dtype), k1)), torch.cat((prefix_values.to(v1.dtype), v1))
             mask = F.pad(mask, (front, 0), value=True)
         if window is not None:
-            mask = mask & torch.ones_like(mask).triu_(front - window + 1)
+            mask = mask & torch.ones_like(mask).triu_(front + before - window + 1)
         q4, k4, v4 = (x.transpose(0, 1)[None] for x in (q1, k1, v1))
         parts.append(_sdpa(q4, k4, v4, mask)[0].transpose(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _runs(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
+def _causal(queries: int, keys: int, device: torch.device) -> Tensor:
+    """Which keys each query sees, bool `[queries, keys]`; the queries are the last of the keys' sequence."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+
+
+def _runs(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], seen: tuple[int, ...]) -> Tensor:
     """One call per run of neighbours of equal length: each run is an ordinary batch (micro-batches are packed longest first).
 
     A call per sequence is 2.6 times the speed of a padded batch on CPU and 4.6 times that of a dense block mask. The packed tensors are cut
     by one split each: its backward is one concatenation, that of a slice a whole tensor of zeros.
     """
-    runs = [(n, len(list(same))) for n, same in groupby(lengths)]
-    cuts = [n * count for n, count in runs]
+    runs = [(n, m, len(list(same))) for (n, m), same in groupby(zip(lengths, seen, strict=True))]
+    cuts, key_cuts = [n * count for n, _, count in runs], [m * count for _, m, count in runs]
     parts = []
-    for (n, count), *pieces in zip(runs, *(x.split(cuts) for x in (q, k, v)), strict=True):
-        q4, k4, v4 = (x.unflatten(0, (count, n)).transpose(1, 2) for x in pieces)
-        parts.append(_sdpa(q4, k4, v4, None).transpose(1, 2).flatten(0, 1))
+    for (n, m, count), *pieces in zip(runs, q.split(cuts), k.split(key_cuts), v.split(key_cuts), strict=True):
+        q4, k4, v4 = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in pieces)
+        parts.append(_sdpa(q4, k4, v4, None if n == m else _causal(n, m, q.device)).transpose(1, 2).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -1,6 +1,7 @@
 """What the stages ask of a decoder: log-probabilities of tokens, or one score per token. The one-token shift is written here, twice."""
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,9 @@ from trueline.model.batch import Batch
 from trueline.model.decoder import Decoder
 
 CHUNK = 2048  # rows of logits alive at once on an accelerator; with fewer the matrix products slow down
-CPU_CHUNK = 256  # more gain nothing on a CPU, and 2,048 rows of a vocabulary of 151,936 are 1.2 GB
+CPU_CHUNK = 256  # float32 rows on a CPU, twice as many 16-bit ones: more gain nothing there, and 2,048 rows of 151,936 are 1.2 GB
+NARROW = 128  # rows for heads no wider than this, whose products need no more
+CACHED = 2**18  # logits that are worked on at once on a CPU: they stay in its second-level cache from the first pass to the last
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,13 +30,11 @@ class LinearLogProbability(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
         picked, totals = [], []
-        for rows, wanted in _chunks(hidden, target):
-            logits = _logits(rows, weight, temperature)
-            found = logits.gather(-1, wanted[:, None])[:, 0]
-            top = logits.amax(-1, keepdim=True)
-            # the log-sum-exp, in the logits' own memory
-            totals.append(logits.sub_(top).exp_().sum(-1).log_().add_(top[:, 0]))
-            picked.append(found - totals[-1])
+        for _, chunk, wanted in _chunks(hidden, weight, target):
+            for logits, targets in _blocks(chunk, wanted):
+                found, top, total = _exponentials(_wide(logits), targets, temperature)
+                totals.append(total.log_().add_(top))
+                picked.append(found - totals[-1])
         ctx.save_for_backward(hidden, weight, target, torch.cat(totals))
         ctx.temperature = temperature  # type: ignore[attr-defined]
         return torch.cat(picked)
@@ -42,30 +43,105 @@ class LinearLogProbability(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, target, totals = ctx.saved_tensors  # type: ignore[attr-defined]
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        grad_hidden = []
+        sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
+        for rows, change, wanted, total, slope in _chunks(hidden, weight, target, totals, grad / temperature):
+            for logits, targets, norm, factor in _blocks(change, wanted, total, slope):
+                # d log p / d logits = onehot - softmax, made in the logits' own memory
+                wide = _wide(logits)
+                wide = wide if temperature == 1 else wide.div_(temperature)
+                wide.sub_(norm[:, None]).exp_().mul_(-factor[:, None]).scatter_add_(-1, targets[:, None], factor[:, None])
+                logits.copy_(wide)
+            sums.add(rows, change)
+        return *sums.whole(), None, None
+
+
+class LinearLogLikelihood(torch.autograd.Function):
+    """The sum of `LinearLogProbability` over all rows. Its slopes are known before the backward pass, so both gradients are made in the
+    forward pass from the same logits, which need not be made twice; the backward pass scales them (as arXiv:2410.10989 does)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        picked = hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype))
+        sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
+        for rows, change, wanted in _chunks(hidden, weight, target):
+            for logits, targets in _blocks(change, wanted):
+                wide = _wide(logits)
+                found, top, total = _exponentials(wide, targets, 1.0)
+                wide.mul_(-1 / total[:, None]).scatter_add_(-1, targets[:, None], torch.ones_like(total)[:, None])
+                logits.copy_(wide)
+                picked += (found - total.log_().add_(top)).sum()
+            sums.add(rows, change)
+        ctx.sums = sums  # type: ignore[attr-defined]
+        return picked
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        sums: _Gradients = ctx.sums  # type: ignore[attr-defined]
+        return *sums.whole(grad), None
+
+
+class _Gradients:
+    """What chunks of changed logits `[rows, V]` add up to, for the hidden states and for the head's weight where they are wanted."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, for_hidden: bool, for_weight: bool):
+        self.source = weight if for_hidden else None
+        self.hidden = torch.empty_like(hidden) if for_hidden else None
         # float32 even for a bfloat16 head: chunk sums in 16 bits would bias the gradient
-        grad_weight = torch.zeros_like(weight, dtype=totals.dtype) if needs_weight else None
-        for rows, wanted, total, slope in _chunks(hidden, target, totals, grad / temperature):
-            # d log p / d logits = onehot - softmax, made in the logits' own memory
-            change = _logits(rows, weight, temperature).sub_(total[:, None]).exp_().mul_(-slope[:, None])
-            change = change.scatter_add_(-1, wanted[:, None], slope[:, None]).to(hidden.dtype)
-            if needs_hidden:
-                grad_hidden.append(change @ weight)
-            if grad_weight is not None:
-                grad_weight += change.T @ rows
-        return torch.cat(grad_hidden) if needs_hidden else None, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        self.weight = torch.empty_like(weight, dtype=accumulation_dtype(weight.dtype)) if for_weight else None
+        self.dtype, self.done, self.first = weight.dtype, 0, True
+
+    def add(self, rows: Tensor, change: Tensor) -> None:
+        if self.hidden is not None and self.source is not None:
+            torch.mm(change, self.source, out=self.hidden[self.done : self.done + len(rows)])
+        if self.weight is not None and self.weight.dtype == change.dtype:
+            self.weight.addmm_(change.T, rows, beta=0 if self.first else 1)  # with 0, what the memory held does not count
+        elif self.weight is not None and self.first:
+            self.weight.copy_(change.T @ rows)
+        elif self.weight is not None:
+            self.weight += change.T @ rows
+        self.done, self.first = self.done + len(rows), False
+
+    def whole(self, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """Both gradients in their tensors' dtypes, times `scale`; they are given away, so once only."""
+        if self.done < 0:
+            raise RuntimeError("these gradients were used already: no second backward pass through them")
+        hidden, weight, self.hidden, self.weight, self.source, self.done = self.hidden, self.weight, None, None, None, -1
+        if scale is not None:
+            hidden, weight = (None if x is None else x.mul_(scale) for x in (hidden, weight))
+        return hidden, None if weight is None else weight.to(self.dtype)
 
 
-def _chunks(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The columns' rows, so many at a time as the logits of are held at once."""
-    size = min(CHUNK, CPU_CHUNK) if columns[0].device.type == "cpu" else CHUNK
-    return zip(*(x.split(size) for x in columns), strict=True)
+def _chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of `hidden`, their logits and the columns' rows, so many at a time as the logits of are held: all in the same memory."""
+    size = CHUNK
+    if hidden.device.type == "cpu":
+        size = min(CHUNK, (NARROW if hidden.shape[1] <= NARROW else CPU_CHUNK) * (2 if hidden.itemsize == 2 else 1))
+    room = hidden.new_empty(min(size, len(hidden)), len(weight))
+    for rows, *others in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
+        yield rows, torch.mm(rows, weight.T, out=room[: len(rows)]), *others
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.T).to(accumulation_dtype(hidden.dtype))
-    return logits if temperature == 1 else logits.div_(temperature)
+def _blocks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """A chunk's rows, on a CPU so few at a time that they stay in its cache."""
+    size = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return zip(*(x.split(max(1, size)) for x in (logits, *columns)), strict=True)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    """The logits in the dtype in which they are summed: themselves, or a copy of 16-bit ones."""
+    return logits.to(accumulation_dtype(logits.dtype))
+
+
+def _exponentials(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes exp(logit - the row's highest) of logits / temperature in their own memory.
+
+    Returns the target's logit, the highest, and the sum of what was made, each `[rows]`.
+    """
+    if temperature != 1:
+        logits.div_(temperature)
+    found = logits.gather(-1, target[:, None])[:, 0]
+    top = logits.amax(-1, keepdim=True)
+    return found, top[:, 0], logits.sub_(top).exp_().sum(-1)
 
 
 class LanguageModel(nn.Module):
@@ -75,16 +151,26 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.decoder, self.role = decoder, role
 
+    def total(self, batch: Batch) -> Tensor:
+        """Sum of `forward(batch)`: what is wanted of it where every trained token weighs the same, made faster."""
+        if not torch.is_grad_enabled():
+            return cast(Tensor, self(batch)).sum()
+        return cast(Tensor, LinearLogLikelihood.apply(*self._predictions(batch)))
+
     def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """log p(token t | before it) at index t `[T]`, zero on untrained tokens; float32 (float64 for a float64 model).
 
         With a temperature, the log-probabilities of the distribution tokens are sampled from: logits / temperature, before any truncation.
         """
+        picked = LinearLogProbability.apply(*self._predictions(batch), temperature)
+        return picked.new_zeros(len(batch.tokens)).index_copy(0, batch.trained.nonzero()[:, 0], picked)
+
+    def _predictions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """States that predict trained tokens `[rows, D]`, the head's weight, and those tokens `[rows]`."""
         hidden = self.decoder(batch.inputs, batch.layout, self.role)
         rows = batch.trained.nonzero()[:, 0]
         # the shift: token t is predicted by the state at t - 1
-        picked = LinearLogProbability.apply(hidden[rows - 1], self.decoder.head.weight, batch.tokens[rows], temperature)  # type: ignore[union-attr]
-        return picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked)
+        return batch.states(hidden, rows - 1), self.decoder.head.weight, batch.tokens[rows]  # type: ignore[union-attr]
 
 
 class Scorer(nn.Module):
@@ -100,7 +186,7 @@ class Scorer(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Score of each token's state `[T]`; float32 (float64 for a float64 model)."""
         hidden = self.decoder(batch.inputs, batch.layout, self.role)
-        scores: Tensor = self.score(hidden)[:, 0]
+        scores = batch.states(self.score(hidden)[:, 0])
         return scores.to(accumulation_dtype(scores.dtype))
 
 

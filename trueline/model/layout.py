@@ -55,11 +55,16 @@ def block_positions(index: Tensor, places: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """Whole sequences end to end, each causal and blind to the others: training and scoring."""
+    """Whole sequences end to end, each causal and blind to the others: training and scoring.
+
+    With `shared`, of each pair of sequences the second has so many leading tokens from the first and is laid down without them: its other
+    tokens attend to the first one's keys and values of those, and gradients reach them from both.
+    """
 
     lengths: tuple[int, ...]
     positions: Tensor  # [T] or [2, T]
     contexts: tuple[int, ...] = ()  # leading tokens of each sequence seen both ways (prefix-LM); empty: none
+    shared: tuple[int, ...] = ()  # one for each two sequences; empty: nothing is
 
     @staticmethod
     def of(
@@ -76,12 +81,31 @@ class Packed:
         return Packed(tuple(lengths), positions, tuple(contexts) if contexts and any(contexts) else ())
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        return packed_attention(q, k, v, self.lengths, self.contexts, window=window)
+        return packed_attention(q, self._seen(k), self._seen(v), self._own, self.contexts, None, None, window, self.lengths)
 
     def attend_prefixed(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None
     ) -> Tensor:
-        return packed_attention(q, k, v, self.lengths, self.contexts, keys, values, window)
+        return packed_attention(q, self._seen(k), self._seen(v), self._own, self.contexts, keys, values, window, self.lengths)
+
+    @property
+    def _own(self) -> tuple[int, ...]:
+        """Tokens of each sequence that are laid down."""
+        if not self.shared:
+            return self.lengths
+        return tuple(n - self.shared[i // 2] * (i % 2) for i, n in enumerate(self.lengths))
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """`x` of every token `[S, ...]` for whole sequences `[T, ...]`.
+
+        By one split and one concatenation: their backward adds in a fixed order, that of an index does not on an accelerator.
+        """
+        if not self.shared:
+            return x
+        own = self._own
+        cuts = [n for i, p in enumerate(self.shared) for n in (p, own[2 * i] - p, own[2 * i + 1])]
+        parts = x.split(cuts)
+        return torch.cat([part for i in range(0, len(parts), 3) for part in (parts[i], parts[i + 1], parts[i], parts[i + 2])])
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Direct preference optimisation (arXiv:2305.18290) and its IPO and hinge forms.
 
 Reference log-probabilities are computed once, before the first step, and kept in the run folder with the fingerprint of the model they are
-of. Left out: online reference passes, prompt sharing between the two sides, further members of the loss family.
+of. Left out: online reference passes, further members of the loss family.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from trueline.model.heads import LanguageModel
 from trueline.recipes.assemble import Opened, forget_found, open_model, settle_dtype, speaking, train_role
 from trueline.recipes.fit import Stage, Task, train
 from trueline.recipes.generate import language_model_of
-from trueline.recipes.prepare import Prepared, preference_pairs
+from trueline.recipes.prepare import Prepared, preference_pairs, with_shared_prompts
 from trueline.recipes.reference import model_fingerprint, pair_logprobs, store_reference, stored_reference
 from trueline.recipes.reward import preference_metrics
 from trueline.train.losses import dpo_loss
@@ -104,6 +104,7 @@ def both_logprobs(reference: LanguageModel, pairs: Prepared[Pair], max_tokens: i
 def _open(config: DpoStageConfig) -> tuple[Opened, Prepared[Pair], LanguageModel, dict[str, nn.Parameter]]:
     opened = speaking(open_model(config.model, config.run.seed))
     pairs = preference_pairs(config.data, opened.folder.family, opened.text(), config.run.seed)
+    pairs = with_shared_prompts(pairs, config.dpo.share_prefix)
     role, parameters = train_role(opened, config.model.adapter, "policy", config.run.seed)
     return opened, pairs, LanguageModel(opened.decoder, role), parameters
 

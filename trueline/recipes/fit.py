@@ -6,6 +6,7 @@ What a step trains on is a pure function of (seed, step), so a resumed run goes 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, Generic, Protocol, Self, TypeVar
@@ -95,7 +96,7 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
             run.say(note)
         limit = None if config.run.epochs is None else total_samples(count, config.run.epochs)
         module.train()
-        budget = Budget(config.batch.max_tokens, run.say)
+        budget, say_once = Budget(config.batch.max_tokens, run.say), cache(run.say)
         burn_in(task, optimizer, budget, config.batch.sequences, world)
         for step in range(done + 1, total + 1):
             began = time.perf_counter()
@@ -106,7 +107,10 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
             settings |= {"seed": key(config.run.seed, "dropout", step)}
 
             def attempt(tokens: int, items: Sequence[T] = items, settings: dict[str, Any] = settings) -> dict[str, float]:
-                return train_step(optimizer, micro_batches(task, items, tokens, world), task.objective, task.count, **settings)
+                batches = micro_batches(task, items, tokens, world)
+                if config.optimizer.in_backward and len(batches) > 1:
+                    say_once("optimizer.in_backward: a step of several micro-batches holds all gradients; raise batch.max_tokens")
+                return train_step(optimizer, batches, task.objective, task.count, **settings)
 
             values = budget.fit([len(item) for item in items], attempt)
             tokens, seconds = sum(len(item) for item in items), time.perf_counter() - began
@@ -141,9 +145,11 @@ def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: i
     lengths = [len(item) for item in items]
 
     def rehearse(tokens: int) -> None:
-        batches = list(islice(_packed(task, items, tokens, world), 1))
+        batches = list(islice(_packed(task, items, tokens, world), 2))
+        whole, batches = len(batches) == 1, batches[:1]
         if all(count_items(batches, task.count, world).values()):
-            accumulate(optimizer, batches, task.objective, task.count, world, 0)
+            drop = optimizer.clear if optimizer.config.in_backward and whole else None  # as the update will
+            accumulate(optimizer, batches, task.objective, task.count, world, 0, drop)
         optimizer.clear()
 
     if min(budget.room(lengths), sum(lengths)) >= TRIVIAL:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -22,11 +22,14 @@ from trueline.data.files import file_hash, find_files
 from trueline.data.formats import Located, equal_note, iter_conversations, iter_preferences, iter_prompts
 from trueline.data.reader import Problems
 from trueline.data.sample import Pair, Sample
+from trueline.data.shared import bound, shared_pairs
 from trueline.data.stream import key
 from trueline.data.tokenizer import Tokenizer
 from trueline.errors import RunError, UserError
 from trueline.families import transcript
 from trueline.families.family import Family
+
+WORTH_SHARING = 1.1  # times fewer tokens; below, cutting and joining keys costs what is saved
 
 T = TypeVar("T")
 Read = Callable[[str, Problems, list[str]], Iterator[Located[Any]]]
@@ -79,13 +82,22 @@ def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, see
         for answer in (preference.chosen, preference.rejected):
             messages = (*preference.prompt.messages, answer)
             sides.append(family.render(replace(preference.prompt, messages=messages), tokenizer, last_only=True))
-        return Pair(*sides)
+        return Pair(sides[0], sides[1])
 
     def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Preference]]:
         return iter_preferences([path], data.format, data.ranked, problems, equal, tokenizer)
 
     facts = _facts("pair", data, family, tokenizer) | {"ranked": data.ranked}
     return _prepare(data, seed, _source("pair", read, render, _cut_pair, data.max_length, data, tokenizer, facts))
+
+
+def with_shared_prompts(pairs: Prepared[Pair], wanted: bool | Literal["auto"]) -> Prepared[Pair]:
+    """The same pairs, their prompts to be run once; `auto`: where the training data have enough of them."""
+    shared = shared_pairs(pairs.train) if wanted else None
+    if shared is None or (wanted == "auto" and bound(shared) <= WORTH_SHARING):
+        return pairs
+    note = f"prompts run once for both answers: {bound(shared):.2f} times fewer tokens"
+    return replace(pairs, train=shared, held_out=shared_pairs(pairs.held_out), notes=[*pairs.notes, note])
 
 
 def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_new_tokens: int, seed: int) -> Prepared[TokenPrompt]:

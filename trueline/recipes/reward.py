@@ -12,7 +12,7 @@ from trueline.model.batch import Batch, pack_pairs
 from trueline.model.heads import Scorer
 from trueline.recipes.assemble import forget_found, make_scorer, open_model, settle_dtype, train_role
 from trueline.recipes.fit import Stage, Task, train
-from trueline.recipes.prepare import preference_pairs
+from trueline.recipes.prepare import preference_pairs, with_shared_prompts
 from trueline.train.losses import ranking_loss, tokenwise_ranking
 from trueline.train.step import Losses, Totals
 
@@ -22,6 +22,7 @@ def run(config: RewardConfig, dry_run: bool = False) -> None:
     config = settle_dtype(config)
     opened = open_model(config.model, config.run.seed, with_head=False)
     pairs = preference_pairs(config.data, opened.folder.family, opened.text(), config.run.seed)
+    pairs = with_shared_prompts(pairs, config.ranking.share_prefix)
     role, parameters = train_role(opened, config.model.adapter, "policy", config.run.seed)
     forget_found(opened)
     scorer = make_scorer(opened.decoder, role, opened.score)

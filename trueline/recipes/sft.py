@@ -13,7 +13,6 @@ from trueline.model.heads import LanguageModel
 from trueline.recipes.assemble import forget_found, open_model, settle_dtype, speaking, train_role
 from trueline.recipes.fit import Stage, Task, train
 from trueline.recipes.prepare import sft_samples
-from trueline.train.losses import sft_loss
 from trueline.train.step import Losses, Totals
 
 
@@ -34,7 +33,7 @@ def sft_objective(model: LanguageModel) -> Callable[[Batch], tuple[Losses, Total
     """Mean negative log-likelihood per trained token."""
 
     def objective(batch: Batch) -> tuple[Losses, Totals]:
-        return {"tokens": sft_loss(model(batch), batch.trained).sum()}, {}
+        return {"tokens": -model.total(batch)}, {}
 
     return objective
 

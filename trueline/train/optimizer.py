@@ -1,7 +1,7 @@
 """AdamW and its learning rate. One rule: the arithmetic is float32 (float64 for float64 weights), whatever the model's dtype."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from trueline.errors import UserError
 from trueline.train.stores import BLOCK, PIECE, STORES, draws, nearest
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
+CACHED = 1 << 16  # weights rounded at once: they stay in a CPU's cache from one operation to the next
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -31,36 +32,43 @@ class Optimizer:
         self.store = None if config.states == "float32" else STORES[config.states]
         if self.store is not None:
             _require_bfloat16(self.parameters, config)
-        self.masters: dict[str, Tensor] = {} if self.store else {name: _master(p) for name, p in self.parameters.items()}
         self.halves = {name: p for name, p in self.parameters.items() if p.dtype in HALVES}
+        for parameter in self.halves.values():
+            parameter.data = parameter.data.contiguous()  # rounded and updated in flat pieces
+        self.masters: dict[str, Tensor] = {} if self.store else {name: _master(p) for name, p in self.parameters.items()}
+        self.numbers = {name: i for i, name in enumerate(self.parameters)}
         self.sums: dict[str, Tensor] = {}  # gradients of `halves`, float32
         self.fused = all(p.device.type in FUSED for p in self.parameters.values())
         self.kept: dict[str, dict[str, Tensor]] = {}  # name -> step and what the update needs of the ones before, from the first on
 
     @torch.no_grad()
-    def collect(self) -> None:
+    def collect(self, only: str | None = None) -> None:
         """Sums 16-bit gradients in float32: to be called after each backward, for in 16 bits they would lose bits."""
-        for name, parameter in self.halves.items():
+        for name in self.halves if only is None else {only} & self.halves.keys():
+            parameter = self.halves[name]
             if parameter.grad is not None:
                 gradient = parameter.grad.to(torch.float32)
                 self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
                 parameter.grad = None
 
-    def gradients(self, all_of_them: bool = False) -> dict[str, Tensor]:
-        """Gradients by name, at least float32, of the parameters that have one; with `all_of_them`, zeros for the others."""
+    def gradients(self, names: Iterable[str] | None = None, all_of_them: bool = False) -> dict[str, Tensor]:
+        """Gradients by name, at least float32, of all parameters (or `names`) that have one; with `all_of_them`, zeros for the others."""
         if all_of_them:
             for name, parameter in self.parameters.items():
                 if name in self.halves:
                     self.sums.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
                 elif parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-        found = {name: self.sums.get(name) if name in self.halves else p.grad for name, p in self.parameters.items()}
+        found = {name: self.gradient(name) for name in names or self.parameters}
         return {name: gradient for name, gradient in found.items() if gradient is not None}
 
+    def gradient(self, name: str) -> Tensor | None:
+        return self.sums.get(name) if name in self.halves else self.parameters[name].grad
+
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """One update at learning rate `lr`; the gradients are dropped."""
-        gradients = self.gradients()
+    def step(self, lr: float, only: str | None = None) -> None:
+        """One update at learning rate `lr`, of all parameters or `only` of one; their gradients are dropped."""
+        gradients = self.gradients([only] if only else None)
         for name in gradients:
             if name not in self.kept:
                 fields = self._fields(name).items()
@@ -71,12 +79,12 @@ class Optimizer:
                 columns = [[self.kept[name][field] for name in names] for field in ("exp_avg", "exp_avg_sq", "step")]
                 if names:
                     self._update([self.masters[n] for n in names], [gradients[n] for n in names], *columns, lr=lr, decayed=decayed)
-            self._round()
+            self._round(gradients)
         else:
-            for index, name in enumerate(self.parameters):
-                if name in gradients:
-                    self._update_in_pieces(index, name, gradients[name], lr)
-        self.clear()
+            for name in gradients:
+                self._update_in_pieces(name, gradients[name], lr)
+        del gradients
+        self.clear(only)
 
     def _update(
         self,
@@ -96,7 +104,7 @@ class Optimizer:
         settings = {"amsgrad": False, "maximize": False, "fused": self.fused or None}
         adamw(*lists, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self.config.eps, **settings)  # type: ignore[arg-type]
 
-    def _update_in_pieces(self, index: int, name: str, gradient: Tensor, lr: float) -> None:
+    def _update_in_pieces(self, name: str, gradient: Tensor, lr: float) -> None:
         """Widens a piece of the weight at a time, so that float32 copies of the whole never exist."""
         assert self.store is not None
         parameter, kept = self.parameters[name], self.kept[name]
@@ -109,21 +117,22 @@ class Optimizer:
             kept["step"].copy_(before)
             lists = [[x] for x in (values[0], flat[start:stop], *values[1:], kept["step"])]
             self._update(*lists, lr=lr, decayed=decays(parameter))
-            draw = draws(self.seed, int(before), index, start, stop - start, weight.device)
+            draw = draws(self.seed, int(before), self.numbers[name], start, stop - start, weight.device)
             self.store.write(weight[start:stop], piece, values, draw)
 
-    def clear(self) -> None:
-        """Drops the gradients."""
-        self.sums.clear()
-        for parameter in self.parameters.values():
-            parameter.grad = None
+    def clear(self, only: str | None = None) -> None:
+        """Drops the gradients, or `only` one."""
+        for name in self.parameters if only is None else (only,):
+            self.sums.pop(name, None)
+            self.parameters[name].grad = None
 
     @torch.no_grad()
-    def _round(self) -> None:
-        for name, parameter in self.halves.items():
-            if name in self.masters:
-                master = self.masters[name]
-                parameter.copy_(nearest(master) if parameter.dtype == torch.bfloat16 else master)
+    def _round(self, names: Iterable[str]) -> None:
+        """Brings 16-bit parameters to their masters, a piece at a time: whole copies would be made again for each operation."""
+        for name in self.halves.keys() & set(names) & self.masters.keys():
+            parameter, master = self.parameters[name].detach(), self.masters[name]
+            for narrow, wide in zip(parameter.view(-1).split(CACHED), master.view(-1).split(CACHED), strict=True):
+                narrow.copy_(nearest(wide) if narrow.dtype == torch.bfloat16 else wide)
 
     def state(self) -> dict[str, Tensor]:
         """All that an exact resume needs besides the parameters: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, `.master` of 16-bit ones, or
@@ -147,7 +156,7 @@ class Optimizer:
                 self.kept[name] = {f: state[f"{name}.{f}"].to(self._place(f, name), copy=True) for f in self._fields(name)}
             else:
                 self.kept.pop(name, None)
-        self._round()
+        self._round(self.parameters)
 
     def _fields(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what is kept for a parameter that was updated."""
@@ -201,7 +210,6 @@ def _require_bfloat16(parameters: Mapping[str, nn.Parameter], config: OptimizerC
                 f"optimizer.states: {config.states} needs bfloat16 weights, but {name} is {str(parameter.dtype).removeprefix('torch.')}; "
                 "set model.dtype=bfloat16 or optimizer.states=float32"
             )
-        parameter.data = parameter.data.contiguous()  # updated in flat pieces
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

@@ -4,7 +4,8 @@ Any split of a step's samples into micro-batches and ranks therefore gives the s
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -49,7 +50,7 @@ def train_step(
     count: Count[B],
     *,
     world: World,
-    max_norm: float,
+    max_norm: float | None,
     lr: float,
     step: int,
     seed: int,
@@ -57,10 +58,14 @@ def train_step(
     """One update at learning rate `lr` from this rank's micro-batches; returns the mean loss, the metrics and the gradient's norm.
 
     Every kind of item an objective returns a loss for must be counted by `count`, and kinds and metrics must be the same on every rank.
-    Gradients are scaled down to the global norm `max_norm`. `seed` fixes whatever the model draws (dropout), so a resumed run draws it too.
+    Gradients are scaled down to the global norm `max_norm`. With `optimizer.in_backward`, one rank and one micro-batch, each weight is
+    updated within the backward pass (`_update_in_backward`), to the same bits. `seed` fixes whatever the model draws
+    (dropout), so a resumed run draws it too.
     Raises NonFinite before the update, naming the first bad tensor, and OutOfMemory.
     """
     torch.manual_seed(seed + world.rank)
+    if optimizer.config.in_backward and max_norm is None and world.size == len(batches) == 1:
+        return _update_in_backward(optimizer, batches, objective, count, world, lr, step)
     losses, totals = accumulate(optimizer, batches, objective, count, world, step)
     gradients = optimizer.gradients(all_of_them=world.size > 1)
     for gradient in gradients.values() if world.size > 1 else ():
@@ -71,17 +76,82 @@ def train_step(
     if not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])):
         optimizer.clear()
         raise _diagnose(optimizer, batches, losses, gradients, step)
-    shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-    for gradient in gradients.values():
-        gradient.mul_(shrink)
+    shrink = (math.inf if max_norm is None else max_norm) / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+    if shrink < 1:
+        for gradient in gradients.values():
+            gradient.mul_(shrink)
+    del gradients  # the step drops them one after the other
     optimizer.step(lr)
     return result
 
 
+def _update_in_backward(
+    optimizer: Optimizer, batches: Sequence[B], objective: Objective[B], count: Count[B], world: World, lr: float, step: int
+) -> dict[str, float]:
+    """The step of one micro-batch whose gradients are not scaled: each is used and dropped as soon as it is made.
+
+    What does not fit or is not finite after the first update ends the run: the step cannot be tried again. No checkpoint is made of it.
+    """
+    norms: dict[str, Tensor] = {}
+
+    def update(name: str) -> None:
+        gradient = optimizer.gradient(name)
+        assert gradient is not None
+        norm = torch.linalg.vector_norm(gradient)
+        if not norm.isfinite():
+            raise NonFinite(step, f"gradient of {name}", batches)
+        norms[name] = norm
+        del gradient
+        optimizer.step(lr, name)
+
+    try:
+        losses, totals = accumulate(optimizer, batches, objective, count, world, step, update)
+    except OutOfMemory:
+        if not norms:
+            raise
+        raise RunError(
+            f"step {step}: out of memory after the first weights were updated; the last checkpoint is sound. "
+            "Lower batch.sequences or data.max_length, or set model.recompute=true"
+        ) from None
+    totals["loss"] = (losses[0].double(), 1)
+    norm = torch.linalg.vector_norm(torch.stack([norms[name] for name in optimizer.parameters if name in norms]))
+    return average(totals, world) | {"grad_norm": float(norm)}
+
+
+@contextmanager
+def _each_gradient(optimizer: Optimizer, use: Callable[[str], None] | None) -> Iterator[None]:
+    """While it lasts, `use` is called with a parameter's name as soon as its gradient is whole."""
+
+    def hook(name: str) -> Callable[[Tensor], None]:
+        def collected(parameter: Tensor) -> None:
+            assert use is not None
+            optimizer.collect(name)
+            use(name)
+
+        return collected
+
+    found = () if use is None else optimizer.parameters.items()
+    handles = [parameter.register_post_accumulate_grad_hook(hook(name)) for name, parameter in found]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def accumulate(
-    optimizer: Optimizer, batches: Sequence[B], objective: Objective[B], count: Count[B], world: World, step: int
+    optimizer: Optimizer,
+    batches: Sequence[B],
+    objective: Objective[B],
+    count: Count[B],
+    world: World,
+    step: int,
+    use: Callable[[str], None] | None = None,
 ) -> tuple[list[Tensor], Totals]:
-    """Sums the gradients of all micro-batches; returns each one's part of the loss, and the metrics. OutOfMemory drops what was summed."""
+    """Sums the gradients of all micro-batches; returns each one's part of the loss, and the metrics. OutOfMemory drops what was summed.
+
+    `use` is called with a parameter's name as soon as a micro-batch's gradient of it is whole, if that micro-batch's loss is finite.
+    """
     items = count_items(batches, count, world)
     losses: list[Tensor] = []
     totals: Totals = {}
@@ -89,7 +159,10 @@ def accumulate(
         for batch in batches:
             sums, metrics = objective(batch)
             loss = sum_loss(sums, items, step)
-            loss.backward()
+            if use is not None and not loss.isfinite():
+                raise _diagnose(optimizer, batches, [loss], {}, step)
+            with _each_gradient(optimizer, use):
+                loss.backward()
             optimizer.collect()
             losses.append(loss.detach())
             _add(totals, metrics)
