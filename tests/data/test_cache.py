@@ -51,13 +51,13 @@ ITEMS: dict[str, list[Any]] = {
 
 
 def rows(items: list[Any], kill_at: int = -1, pause: float = 0) -> Any:
-    def read(tally: Tally) -> Iterator[tuple[Any, int]]:
+    def read(tally: Tally) -> Iterator[list[Any]]:
         for i in range(tally.seen, len(items)):
             if i == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(pause)
             tally.seen += 1
-            yield items[i], i + 1
+            yield [items[i]]
         tally.equal = [7]
 
     return read
@@ -116,7 +116,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(kill_at: int, tmp_path: Path) 
     assert part.suffix == ".part" and len(list(part.glob("*.arrow"))) == kill_at // 4
     seen = []
 
-    def watched(tally: Tally) -> Iterator[tuple[Any, int]]:
+    def watched(tally: Tally) -> Iterator[list[Any]]:
         seen.append(tally.seen)
         yield from rows(ITEMS["sample"])(tally)
 
@@ -143,7 +143,7 @@ def test_two_at_once_make_it_once(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
 
-    def nobody(tally: Tally) -> Iterator[tuple[Any, int]]:
+    def nobody(tally: Tally) -> Iterator[list[Any]]:
         raise AssertionError("it was there already")
         yield
 
@@ -177,7 +177,7 @@ def test_damage_is_said_and_made_again(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def failing(tally: Tally) -> Iterator[tuple[Any, int]]:
+    def failing(tally: Tally) -> Iterator[list[Any]]:
         yield from rows(ITEMS["sample"])(tally)
         tally.failed = True
 

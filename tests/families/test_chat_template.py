@@ -36,6 +36,7 @@ CASES = {
 TOOLS = ("qwen2", "qwen3", "qwen3, no thoughts", "chatml", "glm", "glm4", "chatglm4", "chatglm3")
 MARKS = {
     "qwen": ("<|im_start|>", "<|im_end|>"),
+    "qwen, tools": ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"),
     "qwen, marked": ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>"),
     "glm": ("[gMASK]", "<sop>", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "</s>"),
     "llama": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
@@ -45,7 +46,7 @@ MARKS = {
 }
 DRAWN: dict[str, tuple[str, Family, bool]] = {
     "qwen2": ("qwen", QWEN2, True),
-    "qwen2.5": ("qwen, marked", QWEN2, True),
+    "qwen2.5": ("qwen, tools", QWEN2, True),
     "qwen3": ("qwen, marked", QWEN3, True),
     "qwen3, no thoughts": ("qwen", with_template(QWEN3, "qwen3_no_thinking"), True),
     "chatml": ("qwen", with_template(QWEN2, "chatml"), True),
@@ -60,6 +61,7 @@ DRAWN: dict[str, tuple[str, Family, bool]] = {
 }
 PIECES = ["a", "b ", " ", "\n", "{{1}}", "{%", "'", '"', "\\", "<b>", "说", "</think>", "<think>\n"]
 TEXT = st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join)
+ARGUMENTS = st.dictionaries(st.sampled_from(["city", "名"]), TEXT | st.integers() | st.none() | st.lists(TEXT, max_size=2), max_size=2)
 
 
 @pytest.fixture(scope="session")
@@ -102,8 +104,8 @@ def prompts(draw: st.DrawFn, tools: bool, several: bool) -> Conversation:
     for left in range(draw(st.integers(0, 2)), -1, -1):
         messages.append(Message("user", draw(TEXT)))
         for calls in draw(st.lists(st.integers(1, 2 if several else 1), max_size=2)) if tools else []:
-            arguments = st.dictionaries(st.sampled_from(["city", "名"]), TEXT | st.integers() | st.none() | st.lists(TEXT, max_size=2), max_size=2)
-            messages += [Message("assistant", json.dumps(draw(arguments), ensure_ascii=False), draw(st.sampled_from("fg"))) for _ in range(calls)]
+            called = [json.dumps(draw(ARGUMENTS), ensure_ascii=False) for _ in range(calls)]
+            messages += [Message("assistant", arguments, draw(st.sampled_from("fg"))) for arguments in called]
             messages += [Message("observation", draw(TEXT)) for _ in range(calls)]
         messages += [Message("assistant", draw(TEXT))] if left else []
     return Conversation(tuple(messages), (WEATHER,) * draw(st.integers(0, 2)) if tools else ())
@@ -122,7 +124,8 @@ def test_drawn_prompts(letters, found: dict[str, Template], name: str, data: st.
         found[name] = template
     template, prompt = found[name], data.draw(prompts(tools, several=name != "llama 3.1"))
     wanted = tokenizer.show(family.render(prompt, tokenizer, open=True).tokens)
-    (text,), _ = render_jinja_template([openai(prompt)], tools=list(prompt.tools) or None, chat_template=template.text, add_generation_prompt=True)
+    tools_given = list(prompt.tools) or None
+    (text,), _ = render_jinja_template([openai(prompt)], tools=tools_given, chat_template=template.text, add_generation_prompt=True)
     assert "".join((*template.before, text, *template.after)) == wanted
 
 
@@ -139,7 +142,8 @@ def test_qwen3s_template_knows_enable_thinking(letters) -> None:
 
 def test_whole_conversations_and_arguments_as_text(letters) -> None:
     """What others train on with our template: the renderer's text too, up to the stop token that the next turn brings."""
-    talk = Conversation((Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "<think>\nt\n</think>\n\nd")))
+    said = ("a", "b", "c", "<think>\nt\n</think>\n\nd")
+    talk = Conversation(tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(said)))
     for family, marks, end in ((QWEN3, "qwen", "\n"), (GLM4_0414, "glm", "")):
         tokenizer = letters(*MARKS[marks])
         template = template_of(family, tokenizer, {}, PROMPTS)

@@ -116,12 +116,13 @@ def agrees(template: Template, family: Family, tokenizer: Encoder, names: dict[s
     """Whether `template` gives the tokens our renderer gives for every prompt."""
     try:
         before, after = ([tokenizer.specials[name] for name in added] for added in (template.before, template.after))
-        return all(
-            [*before, *tokens_of(fill(template.text, prompt, names), tokenizer), *after] == family.render(prompt, tokenizer, open=True).tokens
-            for prompt in prompts
-        )
+        for prompt in prompts:
+            filled = tokens_of(fill(template.text, prompt, names), tokenizer)
+            if [*before, *filled, *after] != family.render(prompt, tokenizer, open=True).tokens:
+                return False
     except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError):
         return False  # a template that cannot be filled gives nobody's prompts
+    return True
 
 
 def template_of(family: Family, tokenizer: Encoder, names: dict[str, Any], prompts: Sequence[Conversation]) -> Template | None:

@@ -83,7 +83,8 @@ def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, l
 def render_0414(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
     """GLM-4-0414: the same, but the tools' message introduces nobody, and an empty system message is written."""
     turns = [m for m in conversation.messages if m.role != "system"]
-    return write_roles(Transcript(tokenizer), "<sop>", list(_system(conversation, TOOLS_HEADING.strip() + "\n", empty=True)), turns, open, last_only)
+    system = list(_system(conversation, TOOLS_HEADING.strip() + "\n", empty=True))
+    return write_roles(Transcript(tokenizer), "<sop>", system, turns, open, last_only)
 
 
 def write_roles(out: Transcript, start: str, system: list[str], messages: Sequence[Message], open: bool, last_only: bool) -> Sample:

@@ -16,6 +16,7 @@ from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from trueline.families.family import Family
 from trueline.families.folder import open_folder, resolve
 from trueline.families.peft import adapter_base, adapter_template, is_adapter
+from trueline.families.transcript import training_samples
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "observation": "yellow"}
 STYLE = """body{font:15px/1.6 sans-serif;margin:2em;background:#fff;color:#222}main{display:grid;grid-template-columns:1fr 1fr;gap:1.5em}
@@ -34,7 +35,8 @@ class Renderer:
     def samples(self, value: Value) -> dict[str, Sample]:
         """A value as training sees it, by the name of its part."""
         if isinstance(value, Conversation):
-            return {"conversation": self.family.render(value, self.tokenizer)}
+            samples = training_samples(self.family, value, self.tokenizer)
+            return {f"answer {i}" if len(samples) > 1 else "conversation": sample for i, sample in enumerate(samples, start=1)}
         if isinstance(value, Prompt):
             return {"prompt": self.family.render(value.conversation, self.tokenizer, open=True)}
         whole = {name: replace(value.prompt, messages=(*value.prompt.messages, getattr(value, name))) for name in ("chosen", "rejected")}
