@@ -124,6 +124,34 @@ def test_a_killed_build_goes_on_to_the_same_bytes(kill_at: int, tmp_path: Path) 
     assert seen == [kill_at // 4 * 4] and contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def triples(kill_at: int) -> Any:
+    """25 items in records of three, the last of one; dies before record `kill_at`."""
+
+    def read(tally: Tally) -> Iterator[list[Any]]:
+        while tally.seen < 9:
+            if tally.seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            tally.seen += 1
+            yield ITEMS["sample"][3 * tally.seen - 3 : 3 * tally.seen]
+
+    return read
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 5])
+def test_the_items_of_a_record_are_in_one_chunk(kill_at: int, tmp_path: Path) -> None:
+    whole = stored(tmp_path / "whole", FACTS, "sample", triples(-1), chunk=4)
+    assert [len(block) for block in whole.blocks] == [6, 6, 6, 6, 1]
+    assert [record for block in whole.blocks for record in block.records().tolist()] == [i // 3 + 1 for i in range(25)]
+    assert list(Items(whole.blocks)) == ITEMS["sample"]
+    arguments = (tmp_path / "killed", FACTS, "sample", triples(kill_at), 4)
+    process = multiprocessing.get_context("fork").Process(target=stored, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    stored(tmp_path / "killed", FACTS, "sample", triples(-1), chunk=4)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
 def test_a_chunk_damaged_before_the_resume_is_made_again(tmp_path: Path) -> None:
     build(tmp_path / "whole", -1)
     process = multiprocessing.get_context("fork").Process(target=build, args=(tmp_path / "killed", 13))

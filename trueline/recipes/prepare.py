@@ -224,7 +224,7 @@ class _Refused:
 def _items(
     paths: Sequence[str], source: Source[T], notes: list[str], files: dict[str, Kept]
 ) -> tuple[Items[T], "np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
-    """The items of all files that `paths` mean, in order; which of the `paths` each record came from, and its first item `[records + 1]`."""
+    """The items of all files that `paths` mean, in order; which of `paths` each record came from, and its first item `[records + 1]`."""
     refused = _Refused()
     found = []
     meant = [(i, path) for i, inside in enumerate(find_files(paths)) for path in inside]
