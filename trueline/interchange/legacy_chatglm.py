@@ -71,6 +71,8 @@ def _data(it: Conversion) -> None:
     it.warn(
         f"{new}: the registry dataset_info.json is not read; the names stand for {', '.join(files)}. Correct them where it says otherwise"
     )
+    if it.stage == "sft":
+        it.add("data.train_on", "last", "the old program trained the last answer only; all is a sample for each answer of the history, too")
     if it.stage == "reward":
         it.warn("of ranked answers only the first two were used; data.ranked: all makes every pair")
     lengths = ("max_source_length", "max_target_length")
