@@ -239,8 +239,9 @@ ANSWERS = [f"a{i}.{k}" for i in range(20) for k in range(i % 4 + 1)]
 def test_a_record_is_as_many_samples_as_it_has_answers(toys: Toys, tmp_path: Path) -> None:
     whole = rounds(toys, tmp_path / "talks.jsonl")
     assert answers(toys, whole.train) == ANSWERS and len(ANSWERS) == 50 and all(sample.context for sample in whole.train)
+    assert whole.notes == ["50 samples of 20 records, one for each trained answer"]
     last = rounds(toys, tmp_path / "talks.jsonl", train_on="last")
-    assert answers(toys, last.train) == [f"a{i}.{i % 4}" for i in range(20)]
+    assert last.notes == [] and answers(toys, last.train) == [f"a{i}.{i % 4}" for i in range(20)]
     for cache in (tmp_path / "cache", tmp_path / "cache"):
         stored = rounds(toys, tmp_path / "talks.jsonl", cache=str(cache))
         assert list(stored.train) == list(whole.train) and items_fingerprint(stored.train) == items_fingerprint(list(whole.train))
@@ -268,7 +269,11 @@ def test_samples_that_are_too_long_are_counted_one_by_one(toys: Toys, tmp_path: 
     whole = rounds(toys, tmp_path / "talks.jsonl")
     long = [len(sample) > 60 for sample in whole.train]
     dropped = rounds(toys, tmp_path / "talks.jsonl", max_length=60, overlength="drop")
-    assert 0 < sum(long) < 50 and dropped.notes == [f"{sum(long)} samples of 20 records left out: longer than 60 tokens"]
+    left = {answer.split(".")[0] for answer, out in zip(ANSWERS, long, strict=True) if not out}
+    assert 0 < sum(long) < 50 and dropped.notes == [
+        f"{sum(long)} samples of 20 records left out: longer than 60 tokens",
+        f"{50 - sum(long)} samples of {len(left)} records, one for each trained answer",
+    ]
     assert list(dropped.train) == [sample for sample, out in zip(whole.train, long, strict=True) if not out]
     with pytest.raises(UserError) as caught:
         rounds(toys, tmp_path / "talks.jsonl", max_length=60)

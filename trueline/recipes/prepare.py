@@ -249,6 +249,8 @@ def _items(
     numbers = [np.concatenate([block.records() for block in kept.blocks] or [np.empty(0, np.int64)]) for kept in found]
     counts = [np.unique(number, return_counts=True)[1] for number in numbers]
     entry = np.repeat(np.array([i for i, _ in meant], np.int64), [len(count) for count in counts])
+    if len(items) > len(entry):
+        notes.append(f"{len(items):,} samples of {len(entry):,} records, one for each trained answer")
     return items, entry, np.concatenate([[0], *counts]).cumsum()
 
 
