@@ -267,15 +267,15 @@ def test_the_samples_of_a_record_stay_together(toys: Toys, tmp_path: Path) -> No
 
 def test_samples_that_are_too_long_are_counted_one_by_one(toys: Toys, tmp_path: Path) -> None:
     whole = rounds(toys, tmp_path / "talks.jsonl")
-    long = [len(sample) > 60 for sample in whole.train]
-    dropped = rounds(toys, tmp_path / "talks.jsonl", max_length=60, overlength="drop")
+    long = [len(sample) > 90 for sample in whole.train]
+    dropped = rounds(toys, tmp_path / "talks.jsonl", max_length=90, overlength="drop")
     left = {answer.split(".")[0] for answer, out in zip(ANSWERS, long, strict=True) if not out}
     assert 0 < sum(long) < 50 and dropped.notes == [
-        f"{sum(long)} samples of 20 records left out: longer than 60 tokens",
+        f"{sum(long)} samples of 20 records left out: longer than 90 tokens",
         f"{50 - sum(long)} samples of {len(left)} records, one for each trained answer",
     ]
     assert list(dropped.train) == [sample for sample, out in zip(whole.train, long, strict=True) if not out]
     with pytest.raises(UserError) as caught:
-        rounds(toys, tmp_path / "talks.jsonl", max_length=60)
+        rounds(toys, tmp_path / "talks.jsonl", max_length=90)
     too_long = {answer.split(".")[0] for answer, out in zip(ANSWERS, long, strict=True) if out}
     assert f"{len(too_long)} of 20 records are longer than data.max_length allows" in str(caught.value)
