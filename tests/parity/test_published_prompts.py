@@ -1,6 +1,6 @@
 """What the published templates of Qwen3, GLM-4-0414 and Llama 3.1 write, case by case: their texts filled in once, not copied here.
 
-docs/models.md says which files they were. Known to differ: nothing, except that a last `<|im_end|>` has no newline here.
+docs/models.md says which files they were. A last `<|im_end|>` has no newline here, and GLM-4's last stop token is written.
 """
 
 from pathlib import Path
