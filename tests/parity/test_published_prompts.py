@@ -149,15 +149,16 @@ def test_the_published_text(name: str, talk: str) -> None:
         assert silent == wanted[talk] + "<think>\n\n</think>\n\n"
 
 
+APART = {name for name, (messages, _) in TALKS.items() if any(message.content[:1].isspace() for message in messages)}
+"""GLM-4's contents are cut apart from the newline before them, so its text is no oracle where one begins with a blank."""
+
+
 @pytest.mark.parity("rendering")
-@pytest.mark.parametrize("talk", TALKS)
-@pytest.mark.parametrize("name", ["qwen3", "glm4"])
+@pytest.mark.parametrize(("name", "talk"), [*(("qwen3", talk) for talk in TALKS), *(("glm4", talk) for talk in TALKS if talk not in APART)])
 def test_the_published_tokens(shared: Path, name: str, talk: str) -> None:
-    """The same text cut by the real tokenizer. GLM-4's contents are cut apart from the newline before them: none begins with one here."""
+    """The same text cut by the real tokenizer."""
     family, wanted, _ = FAMILIES[name]
     messages, tools = TALKS[talk]
-    if name == "glm4" and any(message.content[:1].isspace() for message in messages):
-        return
     tokenizer = load_tokenizer(shared / "data" / "tokenizers" / {"qwen3": "qwen2"}.get(name, name))
     found = family.render(Conversation(messages, (TOOL,) * tools), tokenizer, open=messages[-1].role != "assistant")
     assert found.tokens == tokens_of(wanted[talk], tokenizer)
