@@ -51,13 +51,13 @@ ITEMS: dict[str, list[Any]] = {
 
 
 def rows(items: list[Any], kill_at: int = -1, pause: float = 0) -> Any:
-    def read(tally: Tally) -> Iterator[tuple[Any, int]]:
+    def read(tally: Tally) -> Iterator[list[Any]]:
         for i in range(tally.seen, len(items)):
             if i == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(pause)
             tally.seen += 1
-            yield items[i], i + 1
+            yield [items[i]]
         tally.equal = [7]
 
     return read
@@ -116,12 +116,40 @@ def test_a_killed_build_goes_on_to_the_same_bytes(kill_at: int, tmp_path: Path) 
     assert part.suffix == ".part" and len(list(part.glob("*.arrow"))) == kill_at // 4
     seen = []
 
-    def watched(tally: Tally) -> Iterator[tuple[Any, int]]:
+    def watched(tally: Tally) -> Iterator[list[Any]]:
         seen.append(tally.seen)
         yield from rows(ITEMS["sample"])(tally)
 
     stored(tmp_path / "killed", FACTS, "sample", watched, chunk=4)
     assert seen == [kill_at // 4 * 4] and contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def triples(kill_at: int) -> Any:
+    """25 items in records of three, the last of one; dies before record `kill_at`."""
+
+    def read(tally: Tally) -> Iterator[list[Any]]:
+        while tally.seen < 9:
+            if tally.seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            tally.seen += 1
+            yield ITEMS["sample"][3 * tally.seen - 3 : 3 * tally.seen]
+
+    return read
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 5])
+def test_the_items_of_a_record_are_in_one_chunk(kill_at: int, tmp_path: Path) -> None:
+    whole = stored(tmp_path / "whole", FACTS, "sample", triples(-1), chunk=4)
+    assert [len(block) for block in whole.blocks] == [6, 6, 6, 6, 1]
+    assert [record for block in whole.blocks for record in block.records().tolist()] == [i // 3 + 1 for i in range(25)]
+    assert list(Items(whole.blocks)) == ITEMS["sample"]
+    arguments = (tmp_path / "killed", FACTS, "sample", triples(kill_at), 4)
+    process = multiprocessing.get_context("fork").Process(target=stored, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    stored(tmp_path / "killed", FACTS, "sample", triples(-1), chunk=4)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
 def test_a_chunk_damaged_before_the_resume_is_made_again(tmp_path: Path) -> None:
@@ -143,7 +171,7 @@ def test_two_at_once_make_it_once(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
 
-    def nobody(tally: Tally) -> Iterator[tuple[Any, int]]:
+    def nobody(tally: Tally) -> Iterator[list[Any]]:
         raise AssertionError("it was there already")
         yield
 
@@ -177,7 +205,7 @@ def test_damage_is_said_and_made_again(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def failing(tally: Tally) -> Iterator[tuple[Any, int]]:
+    def failing(tally: Tally) -> Iterator[list[Any]]:
         yield from rows(ITEMS["sample"])(tally)
         tally.failed = True
 

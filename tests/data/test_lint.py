@@ -1,6 +1,7 @@
 """What is counted is what a second, plain count gives."""
 
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_repeats_are_those_of_a_plain_count() -> None:
     assert {(r.first_file, r.file): r.count for r in repeats} == counts
     assert {(r.first_file, r.file): r.places for r in repeats} == first
     assert sum(r.count for r in find_repeats(found, "records")) == 80 - len({row for rows in texts.values() for row in rows})
+
+
+def test_markup_is_told_apart_from_control_tokens_and_found_in_tools() -> None:
+    findings = Findings("f", re.compile(re.escape("<|im_end|>")), re.compile("<tool_call>|<think>"))
+    findings.add(chat("<think> of <|im_end|>", "fine"), 1)
+    findings.add(Conversation(chat("q", "a").messages, ({"type": "function", "function": {"name": "<|im_end|>"}},)), 2)
+    assert {name: places.first for name, places in findings.warnings.items() if name != "short"} == {
+        "control": ["f:1 <|im_end|>", "f:2 <|im_end|>"],
+        "markup": ["f:1 <think>"],
+    }
+    assert findings.with_tools == 1
 
 
 def test_warnings() -> None:

@@ -9,13 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from tests.reference_chatglm import Reference
 from trueline.config.schema import AdapterConfig
 from trueline.data.conversation import Conversation, Message
 from trueline.data.sample import Sample, sample_of
 from trueline.errors import UserError
 from trueline.families.chatglm import CHATGLM, join_heads, read_config, split_heads
-from trueline.families.folder import open_folder, random_decoder
+from trueline.families.folder import load_decoder, open_folder, random_decoder
+from trueline.families.transcript import training_samples
 from trueline.model.adapters import adapter_parameters, add_adapter
 from trueline.model.batch import pack
 from trueline.model.heads import LanguageModel
@@ -103,6 +106,33 @@ def folder_of(place: Path, **changes: Any) -> Path:
     place.mkdir(exist_ok=True)
     (place / "config.json").write_text(json.dumps(CONFIG | changes))
     return place
+
+
+class Few:
+    """A tokenizer of 60 ids."""
+
+    specials = {"[gMASK]": 5, "[MASK]": 6, "<sop>": 7, "<eop>": 8}
+
+    def encode(self, text: str) -> list[int]:
+        return [10 + ord(letter) % 50 for letter in text]
+
+
+@torch.no_grad()
+def test_the_loss_of_a_conversation_is_that_of_its_answers(tmp_path: Path) -> None:
+    """Two answers packed as they are trained, against the tests' network asked for each answer behind a prompt written by hand."""
+    reference = Reference(CONFIG).double().eval()
+    folder = folder_of(tmp_path / "base")
+    save_file(reference.state_dict(), folder / "model.safetensors")
+    samples = training_samples(CHATGLM, Conversation(said("ab", "cde", "f", "gh")), Few())
+    batch = pack(samples)
+    found = LanguageModel(load_decoder(open_folder(folder), torch.float64), None)(batch).split(batch.lengths)
+    loss = [-float(part[torch.tensor(sample.trained)].sum()) for part, sample in zip(found, samples, strict=True)]
+    wanted = []
+    for prompt, answer in (("ab", "cde"), ("[Round 0]\n问：ab\n答：cde\n[Round 1]\n问：f\n答：", "gh")):
+        context, row = Few().encode(prompt), [*Few().encode(answer), 8]
+        logits = reference([*context, 5, 7, *row])[len(context) + 1 : -1]
+        wanted.append(-float(logits.log_softmax(-1)[torch.arange(len(row)), torch.tensor(row)].sum()))
+    assert loss == pytest.approx(wanted, abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "ptuning"])

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from trueline.data.conversation import Conversation, Message, role_problems
 from trueline.families.table import FAMILIES, with_template
+from trueline.families.transcript import training_samples
 
 TOKENS = {
     "qwen2": ("<|im_start|>", "<|im_end|>"),
@@ -90,3 +91,79 @@ def test_a_model_that_only_trains_its_last_answer_can_leave_it_out(letters):
         answered = FAMILIES[name].render(Conversation((talk[0], Message("assistant", "XX"))), tokenizer)
         prompt = FAMILIES[name].render(Conversation(talk[:1]), tokenizer, open=True)
         assert answered.tokens[: len(prompt)] == prompt.tokens and answered.trained == [False] * len(prompt) + [True] * 3
+
+
+APART = {
+    "chatglm": (("[gMASK]", "<sop>", "<eop>"), FAMILIES["chatglm"], "<eop>"),
+    "chatglm2": (("[gMASK]", "sop", "</s>"), FAMILIES["chatglm2"], "</s>"),
+    "qwen3": (("<|im_start|>", "<|im_end|>"), FAMILIES["qwen3"], "<|im_end|>"),
+    "qwen3_no_thinking": (("<|im_start|>", "<|im_end|>"), with_template(FAMILIES["qwen3"], "qwen3_no_thinking"), "<|im_end|>"),
+}
+SHOWN = {
+    "chatglm": ["Q1[gMASK]<sop>⟦A1<eop>⟧", "[Round 0]\n问：Q1\n答：A1\n[Round 1]\n问：Q2\n答：[gMASK]<sop>⟦A2<eop>⟧"],
+    "chatglm2": [
+        "[gMASK]sop[Round 1]\n\n问：Q1\n\n答：⟦A1</s>⟧",
+        "[gMASK]sop[Round 1]\n\n问：Q1\n\n答：A1\n\n[Round 2]\n\n问：Q2\n\n答：⟦A2</s>⟧",
+    ],
+    "qwen3": [
+        "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n⟦<think>\nT1\n</think>\n\nA1<|im_end|>⟧",
+        "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n"
+        "⟦<think>\n\n</think>\n\nA2<|im_end|>⟧",
+    ],
+    "qwen3_no_thinking": [
+        "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n⟦A1<|im_end|>⟧",
+        "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n"
+        "<think>\n\n</think>\n\n⟦A2<|im_end|>⟧",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_every_answer_is_trained_as_it_would_be_generated(name, letters):
+    marks, family, _ = APART[name]
+    tokenizer = letters(*marks)
+    thought = "<think>\nT1\n</think>\n\n" if name.startswith("qwen3") else ""
+    talk = [Message("user", "Q1"), Message("assistant", f"{thought}A1"), Message("user", "Q2"), Message("assistant", "A2")]
+
+    def shown(*messages: Message, last_only: bool = False) -> list[str]:
+        found = []
+        for sample in training_samples(family, Conversation(messages), tokenizer, last_only):
+            start = sample.trained.index(True) if any(sample.trained) else len(sample)
+            assert all(sample.trained[start:])
+            trained = tokenizer.show(sample.tokens[start:])
+            found.append(tokenizer.show(sample.tokens[:start]) + (f"⟦{trained}⟧" if trained else ""))
+        return found
+
+    assert shown(*talk) == SHOWN[name] and shown(*talk, last_only=True) == SHOWN[name][1:]
+    untrained = [Message("user", "Q1"), Message("assistant", talk[1].content, trained=False), *talk[2:]]
+    assert shown(*untrained) == SHOWN[name][1:]
+    assert shown(*talk[:3], Message("assistant", "A2", trained=False)) == SHOWN[name][:1]
+    (nothing,) = shown(*untrained[:3], Message("assistant", "A2", trained=False))
+    assert "⟦" not in nothing
+
+
+@pytest.mark.parametrize("name", APART)
+@given(data=st.data())
+def test_samples_of_one_answer_each(name, letters, data):
+    marks, family, stop = APART[name]
+    tokenizer = letters(*marks)
+    messages = data.draw(conversations(tools=name.startswith("qwen3")))
+    samples = iter(training_samples(family, Conversation(messages), tokenizer))
+    for i, message in enumerate(messages):
+        follower = messages[i + 1] if i + 1 < len(messages) else None
+        if message.role != "assistant" or (message.tool and follower and follower.role == "assistant"):
+            continue
+        begin = next(k for k in range(i, -1, -1) if messages[k - 1].role != "assistant")
+        prompt = family.render(Conversation(messages[:begin]), tokenizer, open=True)
+        sample = next(samples)
+        assert sample.tokens[: len(prompt)] == prompt.tokens and (sample.context, sample.anchor) == (prompt.context, prompt.anchor)
+        assert sample.trained == [k >= len(prompt) for k in range(len(sample))] and sample.tokens[-1] == tokenizer.specials[stop]
+        assert message.content.strip("\n") in tokenizer.show(sample.tokens[len(prompt) :])
+    assert next(samples, None) is None
+
+
+@pytest.mark.parametrize("name", [name for name in TOKENS if not name.startswith("qwen3")])
+def test_other_families_train_every_answer_in_one_sample(name, letters):
+    family, tokenizer = FAMILY.get(name) or FAMILIES[name], letters(*TOKENS[name])
+    talk = Conversation((Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d")))
+    assert training_samples(family, talk, tokenizer) == [family.render(talk, tokenizer)]

@@ -263,6 +263,7 @@ def test_chatglm_commands(script: str, stage: str, tmp_path: Path) -> None:
             assert warned(it, words), words
     else:
         assert config.batch.sequences == 16 and config.model.adapter.dropout == 0.1
+        assert stage != "sft" or config.data.train_on == "last"
     assert warned(it, "dataset_info.json") and warned(it, "fp16") and not it.unknown
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tests.recipes.toys import Toys
 from trueline.data.conversation import Conversation, Message
 from trueline.data.sample import Sample
 from trueline.data.tokenizer import load_tokenizer
@@ -75,6 +77,30 @@ def test_tokens_by_hand(tmp_path: Path, model: Path, capsys: pytest.CaptureFixtu
     assert {name: rows(printed)[name] for name in lengths} == lengths
     assert f"data.max_length of at least {lengths['rejected'][1]} keeps every record whole" in printed
     assert f"1 record with text that looks like a control token; it is encoded as plain text: {path}:1 <|im_end|>" in printed
+
+
+def test_markup_that_the_tokenizer_reads(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen2.5's <tool_call> is no special token: a text has it as one, as published, and check says so."""
+    folder = shutil.copytree(model, tmp_path / "marked")
+    layout = json.loads((folder / "tokenizer.json").read_text())
+    layout["added_tokens"].append(layout["added_tokens"][0] | {"id": 900, "content": "<tool_call>", "special": False})
+    (folder / "tokenizer.json").write_text(json.dumps(layout))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.markup == ("<tool_call>",) and tokenizer.encode("<tool_call>") == [900] and "<tool_call>" not in tokenizer.specials
+    path = write(tmp_path, {"prompt": "q <tool_call>", "chosen": "yes", "rejected": "no"})
+    assert check([path], str(folder), None) == 0
+    sentence = f"1 record with text that this model's tokenizer reads as markup, whoever typed it: {path}:1 <tool_call>"
+    assert sentence in capsys.readouterr().out
+    assert check([path], str(model), None) == 0 and "as markup" not in capsys.readouterr().out
+
+
+def test_each_answer_of_its_own(tmp_path: Path, toys: Toys, capsys: pytest.CaptureFixture[str]) -> None:
+    talk = [{"role": role, "content": text} for role, text in (("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2"))]
+    path = write(tmp_path, {"messages": talk}, {"messages": talk[:2]})
+    assert check([path], str(toys.model("chatglm2")), 1) == 0
+    printed = capsys.readouterr().out
+    assert rows(printed)["answer"][0] == "3" and "conversation, trained" not in printed
+    assert "⟦a1</s>⟧" in printed and "⟦a2</s>⟧" in printed
 
 
 def test_show_marks_what_is_trained_and_ends_with_the_serving_prompt(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.recipes.commands import Commands
 from tests.recipes.toys import FAMILIES, KINDS, Toys
 from trueline.errors import RunError
+from trueline.families.chat_template import ours
 from trueline.model.adapters import remove_adapter
 from trueline.recipes import export
 
@@ -188,12 +189,14 @@ def test_a_base_that_is_gone_is_said(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_exported(toys: Toys, tmp_path: Path, family: str) -> None:
-    """The template is in the folder where a prompt can be one text, and transformers agrees with it where it has the class."""
+def test_every_family_is_exported(toys: Toys, tmp_path: Path, family: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The template is in the folder, and transformers agrees with it where it has the class."""
     export.run(str(toys.model(family)), str(tmp_path / "out"))
     found = json.loads((tmp_path / "out" / "export.json").read_text())
     assert ("versions" in found["others"]) == (not family.startswith("chatglm")), found["others"]
-    assert (tmp_path / "out" / "chat_template.jinja").is_file() == (family not in ("chatglm", "chatglm2", "chatglm3"))
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+    added = {"chatglm": "[gMASK] <sop>", "chatglm2": "[gMASK] sop"}.get(family)
+    assert added is None or f"chat_template.jinja leaves out {added}, which" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -229,13 +232,13 @@ def test_code_is_named_by_hub_id_only(toys: Toys, tmp_path: Path, capsys: pytest
         assert ("auto_map was left out" in capsys.readouterr().err) == (kept is None)
 
 
-SAME = (
+PLAIN = (
     "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "{% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WRONG = {
-    "no default": SAME.replace("You are a helpful assistant.", "You are helpful."),
+    "no default": PLAIN.replace("You are a helpful assistant.", "You are helpful."),
     "broken": "{% for m in messages %}",
     "reaching out": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
     "too long": "{% for i in range(999999) %}x{% endfor %}",
@@ -244,9 +247,18 @@ WRONG = {
 
 def test_a_template_that_gives_our_prompts_is_kept(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(toys.model(), tmp_path / "base")
-    (tmp_path / "base" / "chat_template.jinja").write_text(SAME)
+    same = ours()[0].text + "{# the same #}"
+    (tmp_path / "base" / "chat_template.jinja").write_text(same)
     export.run(str(tmp_path / "base"), str(tmp_path / "out"))
-    assert (tmp_path / "out" / "chat_template.jinja").read_text() == SAME and "note" not in capsys.readouterr().err
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == same and "note" not in capsys.readouterr().err
+
+
+def test_a_template_that_loses_the_tools_is_replaced(toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(toys.model(), tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text(PLAIN)
+    export.run(str(tmp_path / "base"), str(tmp_path / "out"))
+    assert "does not give the prompts with tools the model was trained with; it was replaced" in capsys.readouterr().err
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == ours()[0].text
 
 
 @pytest.mark.slow

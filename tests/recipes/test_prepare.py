@@ -1,6 +1,7 @@
 """What is left to train on when records are too long, what is said when nothing is, and that the token cache changes none of it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 
 from tests.recipes.commands import Commands
-from tests.recipes.toys import Toys
+from tests.recipes.toys import Toys, lines
 from trueline.config.load import from_any
 from trueline.config.schema import DataConfig, SftConfig
 from trueline.data.cache import items_fingerprint
 from trueline.data.formats import load_conversations
+from trueline.data.sample import Sample
 from trueline.data.tokenizer import load_tokenizer
 from trueline.errors import UserError
 from trueline.families.chatglm import CHATGLM
@@ -213,3 +215,67 @@ def test_a_folder_means_the_files_in_it(toys: Toys, tmp_path: Path) -> None:
     both = prepared(toys, train=[str(tmp_path / "cvalues.jsonl"), str(tmp_path / "messages.jsonl")])
     for path in (str(tmp_path), str(tmp_path / "*.jsonl")):
         assert items_fingerprint(prepared(toys, train=path).train) == items_fingerprint(both.train)
+
+
+def rounds(toys: Toys, path: Path, **settings: object) -> Prepared:
+    """20 records with one to four answers each (`q3.2` asks for the third record's second, `a3.2` is it), for ChatGLM-6B."""
+    talks = []
+    for i in range(20):
+        pairs = [{"role": role, "content": f"{role[0]}{i}.{k}"} for k in range(i % 4 + 1) for role in ("user", "assistant")]
+        talks.append({"messages": pairs})
+    lines(path, talks)
+    data = DataConfig.model_validate({"train": str(path), "cache": "off", **settings})
+    return sft_samples(data, CHATGLM, load_tokenizer(toys.model("chatglm")), seed=1)
+
+
+def answers(toys: Toys, samples: Sequence[Sample]) -> list[str]:
+    tokenizer = load_tokenizer(toys.model("chatglm"))
+    return [tokenizer.decode([t for t, on in zip(s.tokens, s.trained, strict=True) if on][:-1]) for s in samples]
+
+
+ANSWERS = [f"a{i}.{k}" for i in range(20) for k in range(i % 4 + 1)]
+
+
+def test_a_record_is_as_many_samples_as_it_has_answers(toys: Toys, tmp_path: Path) -> None:
+    whole = rounds(toys, tmp_path / "talks.jsonl")
+    assert answers(toys, whole.train) == ANSWERS and len(ANSWERS) == 50 and all(sample.context for sample in whole.train)
+    assert whole.notes == ["50 samples of 20 records, one for each trained answer"]
+    last = rounds(toys, tmp_path / "talks.jsonl", train_on="last")
+    assert last.notes == [] and answers(toys, last.train) == [f"a{i}.{i % 4}" for i in range(20)]
+    for cache in (tmp_path / "cache", tmp_path / "cache"):
+        stored = rounds(toys, tmp_path / "talks.jsonl", cache=str(cache))
+        assert list(stored.train) == list(whole.train) and items_fingerprint(stored.train) == items_fingerprint(list(whole.train))
+
+
+def test_the_samples_of_a_record_stay_together(toys: Toys, tmp_path: Path) -> None:
+    split = rounds(toys, tmp_path / "talks.jsonl", eval_fraction=0.3)
+    held_out, train = answers(toys, split.held_out), answers(toys, split.train)
+    assert sorted(held_out + train) == sorted(ANSWERS)
+    records = [{answer.split(".")[0] for answer in part} for part in (held_out, train)]
+    assert len(records[0]) == 6 and not records[0] & records[1]
+    # as many of the same records are held out where each is one sample
+    last = rounds(toys, tmp_path / "talks.jsonl", eval_fraction=0.3, train_on="last")
+    assert {answer.split(".")[0] for answer in answers(toys, last.held_out)} == records[0]
+    first = rounds(toys, tmp_path / "talks.jsonl", limit=3)
+    assert answers(toys, first.train) == ["a0.0", "a1.0", "a1.1", "a2.0", "a2.1", "a2.2"]
+    double = rounds(toys, tmp_path / "talks.jsonl", weights=(2.0,))
+    assert answers(toys, double.train) == ANSWERS * 2
+    half = answers(toys, rounds(toys, tmp_path / "talks.jsonl", weights=(0.5,)).train)
+    assert len({answer.split(".")[0] for answer in half}) == 10
+    assert half == [answer for answer in ANSWERS if answer.split(".")[0] in {a.split(".")[0] for a in half}]
+
+
+def test_samples_that_are_too_long_are_counted_one_by_one(toys: Toys, tmp_path: Path) -> None:
+    whole = rounds(toys, tmp_path / "talks.jsonl")
+    long = [len(sample) > 90 for sample in whole.train]
+    dropped = rounds(toys, tmp_path / "talks.jsonl", max_length=90, overlength="drop")
+    left = {answer.split(".")[0] for answer, out in zip(ANSWERS, long, strict=True) if not out}
+    assert 0 < sum(long) < 50 and dropped.notes == [
+        f"{sum(long)} samples of 20 records left out: longer than 90 tokens",
+        f"{50 - sum(long)} samples of {len(left)} records, one for each trained answer",
+    ]
+    assert list(dropped.train) == [sample for sample, out in zip(whole.train, long, strict=True) if not out]
+    with pytest.raises(UserError) as caught:
+        rounds(toys, tmp_path / "talks.jsonl", max_length=90)
+    too_long = {answer.split(".")[0] for answer, out in zip(ANSWERS, long, strict=True) if out}
+    assert f"{len(too_long)} of 20 records are longer than data.max_length allows" in str(caught.value)

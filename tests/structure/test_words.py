@@ -12,7 +12,7 @@ UNSAFE_CALLS = {
 }  # fmt: skip
 UNSAFE_KEYWORDS = {"shell", "allow_pickle", "trust_remote_code"}
 MACHINE = re.compile(r"(/)(work|tmp|root|home)/|(py)pi\.org|(python)hosted|(download)\.pytorch")
-TEXT = {".py", ".toml", ".txt", ".md", ".yaml", ".yml", ".json", ".html", ".j2", ".css", ".js", ".sh", ""}
+TEXT = {".py", ".toml", ".txt", ".md", ".yaml", ".yml", ".json", ".html", ".j2", ".jinja", ".css", ".js", ".sh", ""}
 
 
 def test_nothing_runs_foreign_code() -> None:

@@ -27,7 +27,7 @@ from trueline.data.files import file_hash, sync
 from trueline.data.sample import Pair, Sample
 from trueline.errors import RunError, UserError, disk_full
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 10_000  # records; what a kill can cost
 MANIFEST = "manifest.json"
 _SIZES = struct.Struct("qq")  # tokens and context of a sample, in front of them in its digest
@@ -58,8 +58,8 @@ class Tally:
     failed: bool = False
 
 
-Rows = Callable[[Tally], Iterator[tuple[Any, int]]]
-"""Items of a file with their lines, from record `tally.seen` on; counts in the tally before each item."""
+Rows = Callable[[Tally], Iterator[Sequence[Any]]]
+"""The items of each record of a file, from record `tally.seen` on; counts in the tally before each record's."""
 
 
 class Block:
@@ -82,6 +82,10 @@ class Block:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each side `[records, sides]`."""
         return np.stack([np.diff(offsets) for offsets, *_ in self.sides], axis=1)
+
+    def records(self) -> NDArray[np.int64]:
+        """The record each item was made from, by its number in the file."""
+        return np.frombuffer(self.batch.column("record").buffers()[1], np.int64, len(self.batch))
 
     def digests(self) -> NDArray[np.void]:
         """`digest` of each item."""
@@ -178,11 +182,11 @@ class _Gathered:
 
     def __init__(self, kind: Kind):
         self.kind = kind
-        self.lines, self.digests, self.prompts = array("q"), bytearray(), list[bytes]()
+        self.records, self.digests, self.prompts = array("q"), bytearray(), list[bytes]()
         self.sides = [(array("q", [0]), array("I"), bytearray(), array("i")) for _ in SIDES[kind]]
 
-    def add(self, item: Any, line: int) -> None:
-        self.lines.append(line)
+    def add(self, item: Any, record: int) -> None:
+        self.records.append(record)
         samples = _samples(item)
         parts = [_parts(sample) for sample in samples]
         self.digests += _digest(parts)
@@ -197,9 +201,9 @@ class _Gathered:
             self.prompts.append(json.dumps(whole, ensure_ascii=False, default=str).encode())
 
     def batch(self) -> pa.RecordBatch:
-        count = len(self.lines)
+        count = len(self.records)
         digests = pa.Array.from_buffers(pa.binary(16), count, [None, pa.py_buffer(bytes(self.digests))])
-        columns: dict[str, pa.Array] = {"line": pa.array(np.array(self.lines)), "digest": digests}
+        columns: dict[str, pa.Array] = {"record": pa.array(np.array(self.records)), "digest": digests}
         for name, (offsets, tokens, trained, contexts) in zip(SIDES[self.kind], self.sides, strict=True):
             ends = pa.array(np.array(offsets))
             columns[f"{name}tokens"] = pa.LargeListArray.from_arrays(ends, pa.array(np.array(tokens, np.uint32)))
@@ -210,15 +214,17 @@ class _Gathered:
         return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
 
 
-def _chunks(rows: Iterator[tuple[Any, int]], kind: Kind, size: int, tally: Tally) -> Iterator[pa.RecordBatch]:
+def _chunks(rows: Iterator[Sequence[Any]], kind: Kind, size: int, tally: Tally) -> Iterator[pa.RecordBatch]:
+    """A chunk ends with a record, whose items stay together: a start that goes on does so with the next record."""
     gathered = _Gathered(kind)
-    for item, line in rows:
+    for items in rows:
         if not tally.failed:
-            gathered.add(item, line)
-            if len(gathered.lines) == size:
+            for item in items:
+                gathered.add(item, tally.seen)
+            if len(gathered.records) >= size:
                 yield gathered.batch()
                 gathered = _Gathered(kind)
-    if gathered.lines and not tally.failed:
+    if gathered.records and not tally.failed:
         yield gathered.batch()
 
 

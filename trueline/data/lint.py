@@ -3,6 +3,7 @@
 One rule: memory does not grow with the text. Lengths are counted by value, texts are remembered as eight bytes each.
 """
 
+import json
 import math
 import re
 from array import array
@@ -70,10 +71,10 @@ class Places:
 
 
 class Findings:
-    """What one file holds. `control` finds text that looks like a control token."""
+    """What one file holds. `control` finds text that looks like a control token, `markup` what a tokenizer reads as markup."""
 
-    def __init__(self, path: str, control: re.Pattern[str] = CONTROL):
-        self.path, self.control = path, control
+    def __init__(self, path: str, control: re.Pattern[str] = CONTROL, markup: re.Pattern[str] | None = None):
+        self.path, self.control, self.markup = path, control, markup
         self.values = 0
         self.turns: Counter[str] = Counter()
         self.characters: dict[str, Lengths] = {}
@@ -94,11 +95,10 @@ class Findings:
             if lengths is None:
                 lengths = self.characters[role] = Lengths()
             lengths.counts[len(message.content)] += 1
-            if self.control is CONTROL and "<" not in message.content and "[" not in message.content:
-                continue  # most texts, and faster
-            if found := self.control.search(message.content):
-                self._warn("control", line, " " + found.group())
-        self.with_tools += bool(prompt.tools)
+            self._look_for_markup(message.content, line)
+        if prompt.tools:
+            self.with_tools += 1
+            self._look_for_markup(json.dumps(prompt.tools, ensure_ascii=False), line)
         if not self.lines or self.lines[-1] != line:  # several pairs of one record are no repetition
             texts = tuple([m.content for m in prompt.messages])
             self.prompts.append(hash(texts))
@@ -111,6 +111,13 @@ class Findings:
             self.longer_rejected += rejected > chosen
             for name, length in (("chosen", chosen), ("rejected", rejected)):
                 self.characters.setdefault(name, Lengths()).add(length)
+
+    def _look_for_markup(self, text: str, line: int) -> None:
+        if self.control is CONTROL and "<" not in text and "[" not in text:
+            return  # most texts, and faster
+        for name, pattern in (("control", self.control), ("markup", self.markup)):
+            if pattern and (found := pattern.search(text)):
+                self._warn(name, line, " " + found.group())
 
     def _look_at_answers(self, prompt: Conversation, answers: tuple[Message, ...], line: int) -> None:
         asked = ""

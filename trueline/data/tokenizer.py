@@ -43,6 +43,8 @@ class Tokenizer:
         self._known = known - set(specials.values())
         self.specials = specials
         """Control tokens by their text."""
+        self.markup: tuple[str, ...] = ()
+        """Added tokens that the tokenizer itself does not call special (Qwen's <tool_call>): whoever types them has typed the token."""
         self.vocab_size = max(known | set(specials.values())) + 1
         """One more than the highest id; a model's embedding may have more rows."""
         self.files = files
@@ -129,6 +131,7 @@ def _from_json(files: dict[str, Path], config: dict[str, Any]) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{path}: not a tokenizer.json that can be used ({error})") from None
     found = _from_engine(engine, specials, files, config, {unknown_id} - {None})
+    found.markup = tuple(t["content"] for t in kept if t["content"].startswith(("<", "[")))
     if _is_qwen2(layout):
         merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
         found._encode = QuickEncoder(found._encode, plain, merges, _QWEN2_SPLIT, [t["content"] for t in kept])  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """ChatGLM-6B: a prefix language model. The prompt is a context seen both ways, `<sop>` begins the answer and `<eop>` ends it.
 
-So only the last answer of a conversation can be trained: earlier ones are part of the context. `<sop>` belongs to the prompt.
+So an answer can only be trained as the last one of its sample: earlier ones are part of the context. `<sop>` belongs to the prompt.
 """
 
 from typing import Any
@@ -136,5 +136,6 @@ CHATGLM = Family(
     render=render,
     stop=("<eop>",),
     targets={**dict.fromkeys("qkv", "query_key_value"), "o": "dense", "up": "dense_h_to_4h", "down": "dense_4h_to_h"},
+    answers_apart=True,
     head_optional=True,
 )

@@ -87,8 +87,9 @@ def read_chatglm2(config: dict[str, Any]) -> DecoderConfig:
 def render_rounds(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
     """ChatGLM2: `[gMASK]sop`, numbered rounds of question and answer as one text, then the last answer and `</s>`.
 
-    Trained: the last answer and its end, as published; earlier answers have no end of their own. The template knows no system message;
-    it goes before the first round, as a paragraph of its own. `open` ends with the last round's `答：`, and trains nothing.
+    Trained: the last answer and its end, as published; earlier answers have no end, and are cut into tokens with what is around them.
+    The template knows no system message; it goes before the first round, as a paragraph of its own. `open` ends with the last round's
+    `答：`, and trains nothing.
     """
     if conversation.tools or any(message.tool or message.role == "observation" for message in conversation.messages):
         raise UserError("ChatGLM2-6B has no format for tools; leave tools, calls and observations out, or use a ChatGLM3 or GLM-4 model")
@@ -176,5 +177,5 @@ CHATGLM3 = Family(
         "down": "dense_4h_to_h",
     },
 )
-CHATGLM2 = replace(CHATGLM3, name="chatglm2", read_config=read_chatglm2, render=render_rounds, stop=("</s>",))
+CHATGLM2 = replace(CHATGLM3, name="chatglm2", read_config=read_chatglm2, render=render_rounds, stop=("</s>",), answers_apart=True)
 GLM4_ORIGINAL = replace(CHATGLM3, name="chatglm4", render=GLM4.render, stop=GLM4.stop)

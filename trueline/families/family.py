@@ -47,6 +47,7 @@ class Family:
     stop: tuple[str, ...]  # control tokens that end the assistant's turn, those the tokenizer has
     targets: dict[str, str]  # our logical projection -> their module's name, as adapters are written
     template: str = "auto"  # another family's way to write conversations down (`model.template`)
+    answers_apart: bool = False  # each trained answer is a sample of its own: in a later one's history it is written otherwise
     head_optional: bool = False  # a folder without a vocabulary head is tied, unless its config.json says otherwise
 
 

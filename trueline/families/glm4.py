@@ -81,9 +81,10 @@ def render(conversation: Conversation, tokenizer: Encoder, open: bool = False, l
 
 
 def render_0414(conversation: Conversation, tokenizer: Encoder, open: bool = False, last_only: bool = False) -> Sample:
-    """GLM-4-0414: the same, but the tools' message introduces nobody."""
+    """GLM-4-0414: the same, but the tools' message introduces nobody, and an empty system message is written."""
     turns = [m for m in conversation.messages if m.role != "system"]
-    return write_roles(Transcript(tokenizer), "<sop>", list(_system(conversation, TOOLS_HEADING.strip() + "\n")), turns, open, last_only)
+    system = list(_system(conversation, TOOLS_HEADING.strip() + "\n", empty=True))
+    return write_roles(Transcript(tokenizer), "<sop>", system, turns, open, last_only)
 
 
 def write_roles(out: Transcript, start: str, system: list[str], messages: Sequence[Message], open: bool, last_only: bool) -> Sample:
@@ -109,12 +110,12 @@ def write_roles(out: Transcript, start: str, system: list[str], messages: Sequen
     return out.sample()
 
 
-def _system(conversation: Conversation, heading: str) -> Iterator[str]:
+def _system(conversation: Conversation, heading: str, empty: bool = False) -> Iterator[str]:
     """The system messages: the tools' own, then what the conversation says itself, if anything."""
     if conversation.tools:
         yield heading + "".join(_tool(tool) for tool in conversation.tools)
     first = conversation.messages[0] if conversation.messages else None
-    if first and first.role == "system" and first.content:
+    if first and first.role == "system" and (first.content or empty):
         yield first.content
 
 

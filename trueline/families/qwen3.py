@@ -67,6 +67,7 @@ QWEN3 = Family(
         *QWEN2.weights[-2:],
     ),
     render=render,
+    answers_apart=True,
     stop=QWEN2.stop,
     targets=QWEN2.targets,
 )

@@ -49,7 +49,8 @@ def with_template(family: Family, name: str) -> Family:
         return family
     if name not in TEMPLATES:
         raise UserError(f"model.template: {name!r} is not known, expected auto or one of {', '.join(sorted(TEMPLATES))}")
-    return replace(family, render=TEMPLATES[name].render, stop=TEMPLATES[name].stop, template=name)
+    other = TEMPLATES[name]
+    return replace(family, render=other.render, stop=other.stop, answers_apart=other.answers_apart, template=name)
 
 
 def _chatglm(config: dict[str, Any]) -> Family:

@@ -1,12 +1,12 @@
 """A conversation written down as tokens, each with whether it is trained. One rule: text never becomes a control token."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from trueline.data.conversation import Message
+from trueline.data.conversation import Conversation, Message
 from trueline.data.sample import Sample
 from trueline.errors import UserError
-from trueline.families.family import Encoder
+from trueline.families.family import Encoder, Family
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,18 @@ def marked(messages: Sequence[Message], open: bool, last_only: bool) -> Iterator
     trained = set() if open else set(spoken[-1:] if last_only else spoken)
     for i, turn in enumerate(found):
         yield turn, i in trained and all(message.trained for message in turn)
+
+
+def training_samples(family: Family, conversation: Conversation, tokenizer: Encoder, last_only: bool = False) -> list[Sample]:
+    """What is trained of a conversation: one sample, or where `answers_apart` one for each trained turn, which ends with that turn.
+
+    Each answer then stands behind the very prompt it would be generated from. Never empty: without a trained turn it is the whole.
+    """
+    found = []
+    if family.answers_apart and not last_only:
+        end = 0
+        for turn in turns(conversation.messages):
+            end += len(turn)
+            if turn[0].role == "assistant" and all(message.trained for message in turn):
+                found.append(family.render(replace(conversation, messages=conversation.messages[:end]), tokenizer, last_only=True))
+    return found or [family.render(conversation, tokenizer, last_only=last_only)]

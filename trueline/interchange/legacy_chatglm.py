@@ -84,6 +84,8 @@ def _data(it: Conversion) -> None:
             lacks = "has no" if known else "is not here to look up"
             it.warn(f"{new}: the registry dataset_info.json {lacks} {name}, which is taken for {file}; correct that, or give the registry")
     it.drop_all(dict.fromkeys(known - {*names}, "a data set that this run does not use"))
+    if it.stage == "sft":
+        it.add("data.train_on", "last", "the old program trained the last answer only; all is a sample for each answer of the history, too")
     if it.stage == "reward":
         it.warn("of ranked answers only the first two were used; data.ranked: all makes every pair")
     lengths = ("max_source_length", "max_target_length")

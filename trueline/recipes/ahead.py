@@ -6,6 +6,8 @@ The work is what the stage itself would do first, so nothing here can differ fro
 import time
 from typing import Any
 
+import numpy as np
+
 from trueline.config.schema import DpoStageConfig, PpoStageConfig
 from trueline.data.cache import lengths
 from trueline.errors import UserError
@@ -42,7 +44,8 @@ def _tell(prepared: Prepared[Any], began: float) -> None:
     seconds = time.perf_counter() - began
     for path, kept in prepared.files.items():
         how = "made" if kept.made else "there already"
-        print(f"{path}: {sum(len(block) for block in kept.blocks):,} records, {how}, in {kept.place}")
+        count = sum(len(np.unique(block.records())) for block in kept.blocks)
+        print(f"{path}: {count:,} records, {how}, in {kept.place}")
     records = sum(kept.tally.seen for kept in prepared.files.values())
     tokens = sum(int(lengths(items).sum()) for items in (prepared.train, prepared.held_out))
     print(f"{records:,} records, {tokens:,} tokens used, {seconds:.2f} s, {records / max(seconds, 1e-9):,.0f} records/s")

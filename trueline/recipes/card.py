@@ -17,7 +17,7 @@ from trueline.config.schema import STAGES, ModelConfig
 from trueline.data.conversation import Conversation
 from trueline.data.files import file_hash
 from trueline.errors import UserError
-from trueline.families.chat_template import agrees, template_of
+from trueline.families.chat_template import Template, agrees, template_of, writable
 from trueline.families.folder import HUB_ID
 from trueline.recipes.assemble import Opened, files_fingerprint
 from trueline.train.run import read_status
@@ -110,19 +110,26 @@ def _settle_template(place: Path, opened: Opened, prompts: list[Conversation]) -
     config = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     theirs = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     family, names = opened.folder.family, {name: _text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-    if isinstance(theirs, str) and agrees(theirs, family, opened.tokenizer, names, prompts):
+    known = writable(prompts, family, opened.tokenizer)
+    if isinstance(theirs, str) and agrees(Template(theirs), family, opened.tokenizer, names, known):
         return ""
-    ours = template_of(family, opened.tokenizer, names, prompts)
+    ours = template_of(family, opened.tokenizer, names, known)
     if "chat_template" in config:
         del config["chat_template"]
         settings.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     file.unlink(missing_ok=True)
-    if ours is not None:
-        file.write_text(ours, encoding="utf-8")
+    if ours is None:
+        fate = f"note: no chat template was written: {family.name}'s prompts cannot be given as one text"
+    else:
+        file.write_text(ours.text, encoding="utf-8")
+        added = " ".join((*ours.before, *ours.after))
+        fate = f"note: chat_template.jinja leaves out {added}, which this model's tokenizer adds by itself" if added else ""
     if not theirs:
-        return "" if ours else f"note: no chat template was written: {family.name}'s prompts cannot be given as one text"
-    fate = "was replaced by one that does" if ours else "was left out"
-    return f"note: the chat template of {opened.folder.path} does not give the prompts the model was trained with; it {fate}"
+        return fate
+    plain = [prompt for prompt in known if not prompt.tools and not any(message.tool for message in prompt.messages)]
+    other = "with tools " if isinstance(theirs, str) and agrees(Template(theirs), family, opened.tokenizer, names, plain) else ""
+    done = "was replaced by one that does" if ours else "was left out"
+    return f"note: the chat template of {opened.folder.path} does not give the prompts {other}the model was trained with; it {done}"
 
 
 def _text(token: Any) -> str:

@@ -4,6 +4,7 @@ Left out: judging the quality of answers.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ LONGER_WINS = 0.65
 """Share of pairs whose chosen answer is the longer one, from which on that is said in yellow."""
 WARNINGS = {
     "control": "text that looks like a control token; it is encoded as plain text",
+    "markup": "text that this model's tokenizer reads as markup, whoever typed it",
     "short": "an answer that says next to nothing",
     "script": "an answer in another script than its prompt",
 }
@@ -91,8 +93,8 @@ def check(
 def _check_file(console: Console, path: str, format: str, renderer: Renderer | None, problems: Problems, shown: Shown) -> Findings:
     before, equal = problems.count, list[str]()
     values = FileValues[Any](path, format, problems, equal, renderer.tokenizer if renderer else None)
-    control = re.compile("|".join(map(re.escape, renderer.tokenizer.specials))) if renderer and renderer.tokenizer.specials else CONTROL
-    findings, lengths = Findings(path, control), dict[str, Lengths]()
+    control, markup = (_any_of(renderer.tokenizer.specials), _any_of(renderer.tokenizer.markup)) if renderer else (None, None)
+    findings, lengths = Findings(path, control or CONTROL, markup), dict[str, Lengths]()
     for located in values:
         findings.add(located.value, located.line)
         shown.look_at(located)
@@ -106,6 +108,10 @@ def _check_file(console: Console, path: str, format: str, renderer: Renderer | N
     return findings
 
 
+def _any_of(names: Iterable[str]) -> re.Pattern[str] | None:
+    return re.compile("|".join(map(re.escape, names))) if names else None
+
+
 def _measure(located: Located[Any], renderer: Renderer, lengths: dict[str, Lengths], problems: Problems) -> None:
     """Tokens of each part of a value."""
     try:
@@ -113,7 +119,7 @@ def _measure(located: Located[Any], renderer: Renderer, lengths: dict[str, Lengt
     except UserError as error:
         problems.add(located.where, str(error))
         return
-    for name, sample in samples.items():
+    for name, sample in samples:
         lengths.setdefault(name, Lengths()).add(len(sample))
         if any(sample.trained):
             lengths.setdefault(f"{name}, trained", Lengths()).add(sum(sample.trained))

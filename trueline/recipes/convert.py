@@ -141,7 +141,7 @@ def _to_mindrecord(source: Path, target: Path, model: Path | None, lengths: tupl
                 prompt = sample.tokens[: sample.trained.index(True)]
                 rows.append(prompt_row(prompt, sample.tokens, sample.trained, *lengths, pad))
             else:
-                chosen, rejected = renderer.samples(located.value).values()
+                (_, chosen), (_, rejected) = renderer.samples(located.value)
                 pairs.append(Pair(chosen, rejected))
                 rows.append((dpo_row if kind == "dpo" else reward_row)(pairs[-1], lengths[1], pad))
         except (ValueError, UserError) as problem:

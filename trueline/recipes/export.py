@@ -17,7 +17,6 @@ import torch
 
 import trueline
 from trueline.config.schema import ModelConfig
-from trueline.data.conversation import Conversation
 from trueline.errors import RunError, UserError
 from trueline.families.export import save_folder
 from trueline.families.folder import SCORE, open_folder, resolve
@@ -26,12 +25,11 @@ from trueline.families.places import half_of, places
 from trueline.model.adapters import low_ranks, merge_adapter
 from trueline.recipes.assemble import FOUND, Opened, files_fingerprint, open_model, publish
 from trueline.recipes.card import Lineage, check_run, finish_folder, lineage
-from trueline.recipes.gate import TALKS, probes, values
+from trueline.recipes.gate import PROMPTS, probes, values
 
 Dtype = Literal["float32", "bfloat16", "float64"]
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.25}  # nats, or units of score; merging rounds once
 OTHERS = {"float64": 1e-3, "float32": 1e-3, "bfloat16": 1.0}  # against other code: another order of sums; PEFT's adapters are float32
-PROMPTS = [Conversation(talk.messages[:-1]) for talk in TALKS]
 Values = list[list[float]]
 
 

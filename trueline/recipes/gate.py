@@ -8,6 +8,7 @@ PEFT, where they are installed, to load the folder as others will; no code of a 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,6 +21,7 @@ from trueline.config.schema import ModelConfig
 from trueline.data.conversation import Conversation, Message
 from trueline.data.sample import Sample, sample_of
 from trueline.data.stream import key
+from trueline.families.chat_template import openai, writable
 from trueline.families.folder import fingerprint
 from trueline.families.peft import is_adapter
 from trueline.model.batch import pack
@@ -33,8 +35,41 @@ TALKS = (
     Conversation((Message("user", "One"), Message("assistant", "1"), Message("user", "Two,\nthree"), Message("assistant", "2 3"))),
 )
 """Conversations every family can write down."""
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "查询天气",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALLED = (
+    Message("user", "北京天气？"),
+    Message("assistant", '{"city": "北京"}', "get_weather"),
+    Message("observation", '{"temp": 3}'),
+    Message("assistant", "三度。"),
+)
+CALLED_TWICE = (
+    Message("system", "Be brief."),
+    Message("user", "北京和上海"),
+    Message("assistant", '{"city": "北京"}', "get_weather"),
+    Message("assistant", '{"city": "上海"}', "get_weather"),
+    Message("observation", "3"),
+    Message("observation", "7"),
+    Message("assistant", "三和七。"),
+)
+MORE_TALKS = (
+    Conversation(CALLED[:2], (WEATHER,)),
+    Conversation(CALLED, (WEATHER, WEATHER)),
+    Conversation(CALLED_TWICE, (WEATHER,)),
+    Conversation((*CALLED, Message("user", "谢谢"), Message("assistant", "不客气"))),
+    Conversation((*TALKS[0].messages[:1], Message("assistant", "<think>\nTwo and two.\n</think>\n\n4"), *TALKS[2].messages[2:])),
+)
+"""With tools, calls, observations and a thought: for the families that can write them down."""
 MARKED = Conversation((Message("user", "<|im_end|> </s> <|user|>\n"), Message("assistant", "as text")))
 """Text that looks like control tokens. Other programs make control tokens of it, so it is for our own renderer alone."""
+
+PROMPTS = [replace(talk, messages=talk.messages[:-1]) for talk in (*TALKS, *MORE_TALKS)]
 
 
 def probes(opened: Opened) -> list[Sample]:
@@ -67,7 +102,8 @@ def inspect(request: dict[str, Any]) -> dict[str, Any]:
     opened = open_model(ModelConfig(path=str(folder), base=base if adapted else None, dtype=request["dtype"]), 0)
     samples = probes(opened)
     rendered = [sample.tokens for sample in samples[8:]]
-    prompts = [talk_prompt(opened, talk) for talk in TALKS] if opened.tokenizer else []
+    family, talks = opened.folder.family, writable(PROMPTS, opened.folder.family, opened.tokenizer) if opened.tokenizer else []
+    prompts = [family.render(talk, opened.text(), open=True).tokens for talk in talks]
     found = {"values": values(opened, samples), "rendered": rendered, "prompts": prompts}
     if adapted:
         found["base"] = files_fingerprint(opened.folder.path)
@@ -75,12 +111,7 @@ def inspect(request: dict[str, Any]) -> dict[str, Any]:
         found |= weights(folder, Path(base) if base else None)
     where = str(opened.folder.path)
     del opened
-    return found | {"others": others(request, where, [sample.tokens for sample in samples], adapted)}
-
-
-def talk_prompt(opened: Opened, talk: Conversation) -> list[int]:
-    """The prompt of a conversation's last answer."""
-    return opened.folder.family.render(Conversation(talk.messages[:-1]), opened.text(), open=True).tokens
+    return found | {"others": others(request, where, [sample.tokens for sample in samples], talks, adapted)}
 
 
 def weights(folder: Path, base: Path | None) -> dict[str, Any]:
@@ -99,7 +130,9 @@ def weights(folder: Path, base: Path | None) -> dict[str, Any]:
     return {"hashes": hashes, "dtypes": dtypes, "changed": changed, "added": added, "gone": sorted(theirs.keys() - hashes.keys())}
 
 
-def others(request: dict[str, Any], where: str, tokens: list[list[int]], adapted: bool) -> dict[str, Any]:
+def others(
+    request: dict[str, Any], where: str, tokens: list[list[int]], talks: Sequence[Conversation], adapted: bool
+) -> dict[str, Any]:
     """The same probes through transformers and PEFT, or why not: {"skipped": reason}."""
     try:
         versions = {name: version(name) for name in ("transformers", *(["peft"] if adapted else []))}
@@ -118,7 +151,7 @@ def others(request: dict[str, Any], where: str, tokens: list[list[int]], adapted
         model = peft.PeftModel.from_pretrained(model, request["folder"], local_files_only=True)
     found: dict[str, Any] = {"versions": versions, "values": [asked(model.eval(), row, request["scored"]) for row in tokens]}
     if request["template"]:
-        found |= prompts_of_transformers(transformers, request)
+        found |= prompts_of_transformers(transformers, request, talks)
     return found
 
 
@@ -132,16 +165,16 @@ def asked(model: Any, row: list[int], scored: bool) -> list[float]:
     return picked
 
 
-def prompts_of_transformers(transformers: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """The conversations' prompts by `apply_chat_template`, where transformers has a class for the tokenizer's files."""
+def prompts_of_transformers(transformers: Any, request: dict[str, Any], talks: Sequence[Conversation]) -> dict[str, Any]:
+    """The prompts by `apply_chat_template`, where transformers has a class for the tokenizer's files."""
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(request["folder"], local_files_only=True)
     except Exception as problem:  # every tokenizer class fails in its own way on files that are not its own
         return {"no tokenizer": f"{type(problem).__name__}: {problem}".splitlines()[0]}
     found = []
-    for talk in TALKS:
-        messages = [{"role": m.role, "content": m.content} for m in talk.messages[:-1]]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for talk in talks:
+        tools = list(talk.tools) or None
+        text = tokenizer.apply_chat_template(openai(talk), tools=tools, tokenize=False, add_generation_prompt=True)
         found.append(tokenizer(text, add_special_tokens=False).input_ids)
     return {"prompts": found}
 

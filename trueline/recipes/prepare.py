@@ -28,6 +28,7 @@ from trueline.data.tokenizer import Tokenizer
 from trueline.errors import RunError, UserError
 from trueline.families import transcript
 from trueline.families.family import Family
+from trueline.families.transcript import training_samples
 
 WORTH_SHARING = 1.1  # times fewer tokens; below, cutting and joining keys costs what is saved
 
@@ -52,7 +53,7 @@ class Source(Generic[T]):
 
     kind: Kind
     read: Read
-    render: Callable[[Any], T]
+    render: Callable[[Any], list[T]]  # a conversation may be several samples
     cut: Callable[[T, int], T | None]
     expect: Callable[[int], None]  # told how many bytes are to be rendered
     room: int
@@ -62,10 +63,10 @@ class Source(Generic[T]):
 
 
 def sft_samples(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> Prepared[Sample]:
-    """Conversations rendered whole; trained are the assistant's words and the token that ends its turn."""
+    """Conversations, trained are the assistant's words and the token that ends its turn; of some families a sample for each answer."""
 
-    def render(conversation: Conversation) -> Sample:
-        return family.render(conversation, tokenizer, last_only=data.train_on == "last")
+    def render(conversation: Conversation) -> list[Sample]:
+        return training_samples(family, conversation, tokenizer, last_only=data.train_on == "last")
 
     def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Conversation]]:
         return iter_conversations([path], data.format, problems, tokenizer)
@@ -77,12 +78,12 @@ def sft_samples(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: in
 def preference_pairs(data: DataConfig, family: Family, tokenizer: Tokenizer, seed: int) -> Prepared[Pair]:
     """The prompt with each of its two answers; only the answers are trained, earlier assistant turns are not."""
 
-    def render(preference: Preference) -> Pair:
+    def render(preference: Preference) -> list[Pair]:
         sides = []
         for answer in (preference.chosen, preference.rejected):
             messages = (*preference.prompt.messages, answer)
             sides.append(family.render(replace(preference.prompt, messages=messages), tokenizer, last_only=True))
-        return Pair(sides[0], sides[1])
+        return [Pair(sides[0], sides[1])]
 
     def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Preference]]:
         return iter_preferences([path], data.format, data.ranked, problems, equal, tokenizer)
@@ -109,8 +110,8 @@ def prompt_tokens(data: DataConfig, family: Family, tokenizer: Tokenizer, max_ne
             "raise data.max_length or ask for shorter answers"
         )
 
-    def render(prompt: Prompt) -> TokenPrompt:
-        return TokenPrompt(family.render(prompt.conversation, tokenizer, open=True).tokens, prompt)
+    def render(prompt: Prompt) -> list[TokenPrompt]:
+        return [TokenPrompt(family.render(prompt.conversation, tokenizer, open=True).tokens, prompt)]
 
     def read(path: str, problems: Problems, equal: list[str]) -> Iterator[Located[Prompt]]:
         return iter_prompts([path], data.format, problems, tokenizer)
@@ -156,7 +157,7 @@ def source_hash() -> str:
 def _source(
     kind: Kind,
     read: Read,
-    render: Callable[[Any], T],
+    render: Callable[[Any], list[T]],
     cut: Callable[[T, int], T | None],
     room: int,
     data: DataConfig,
@@ -169,30 +170,34 @@ def _source(
 def _prepare(data: DataConfig, seed: int, source: Source[T]) -> Prepared[T]:
     notes: list[str] = []
     files: dict[str, Kept] = {}
-    train, entry = _items(data.train, source, notes, files)
-    held_out, _ = _items(data.eval, source, notes, files)
+    train, entry, first = _items(data.train, source, notes, files)
+    held_out, *_ = _items(data.eval, source, notes, files)
     for paths, kept, purpose in ((data.train, train, "train on"), (data.eval, held_out, "evaluate on")):
         if paths and not len(kept):
             raise UserError(f"nothing is left to {purpose} in {', '.join(paths)}: {'; '.join(notes)}")
+    items, records = train, np.arange(len(entry))  # chosen are records: the samples of one stay together
     if data.eval_fraction:
-        if len(train) < 2:
-            raise UserError(f"data.eval_fraction needs at least 2 records, found {len(train)}; add records or set it to 0")
-        order = np.argsort(np.random.Philox(key=key(seed, "held-out")).random_raw(len(train)), kind="stable")
-        count = min(max(1, round(len(train) * data.eval_fraction)), len(train) - 1)
-        chosen = np.zeros(len(train), np.bool_)
-        chosen[order[:count]] = True
-        held_out, train, entry = train.take(chosen.nonzero()[0]), train.take((~chosen).nonzero()[0]), entry[~chosen]
+        if len(records) < 2:
+            raise UserError(f"data.eval_fraction needs at least 2 records, found {len(records)}; add records or set it to 0")
+        order = np.argsort(np.random.Philox(key=key(seed, "held-out")).random_raw(len(records)), kind="stable")
+        count = min(max(1, round(len(records) * data.eval_fraction)), len(records) - 1)
+        held_out, records = items.take(_samples_of(np.sort(order[:count]), first)), np.sort(order[count:])
     if data.weights:  # after the held-out records are gone: a record that occurs twice must not be in both
-        train = train.take(mixed(entry, data.weights, seed))
-        if not len(train):
+        records = records[mixed(entry[records], data.weights, seed)]
+        if not len(records):
             raise UserError(f"data.weights leaves no record of {', '.join(data.train)}; give larger numbers")
-    if data.limit is not None:
-        train = train[: data.limit]
+    train = items.take(_samples_of(records[: data.limit], first))
     return Prepared(train, held_out, notes, files)
 
 
+def _samples_of(records: "np.ndarray[Any, Any]", first: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """Indices of the items of these records, one record after the other; record i has those from `first[i]` to `first[i + 1]`."""
+    counts = first[records + 1] - first[records]
+    return np.repeat(first[records] - (counts.cumsum() - counts), counts) + np.arange(counts.sum())
+
+
 def mixed(entry: "np.ndarray[Any, Any]", weights: Sequence[float], seed: int) -> "np.ndarray[Any, Any]":
-    """Indices of items by the weight of their `entry` `[items]`: whole times all of them, and of the rest a drawn share.
+    """Indices of records by the weight of their `entry` `[records]`: whole times all of them, and of the rest a drawn share.
 
     >>> mixed(np.array([0, 0, 1]), (2.0, 1.0), seed=0).tolist()
     [0, 1, 0, 1, 2]
@@ -230,8 +235,8 @@ class _Refused:
 
 def _items(
     paths: Sequence[str], source: Source[T], notes: list[str], files: dict[str, Kept]
-) -> tuple[Items[T], "np.ndarray[Any, Any]"]:
-    """The items of all files that `paths` mean, in order, and which of the `paths` each came from."""
+) -> tuple[Items[T], "np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
+    """The items of all files that `paths` mean, in order; which of `paths` each record came from, and its first item `[records + 1]`."""
     refused = _Refused()
     found = []
     meant = [(i, path) for i, inside in enumerate(find_files(paths)) for path in inside]
@@ -243,20 +248,25 @@ def _items(
         notes += [kept.note] if kept.note else []
     seen, dropped, truncated = (sum(getattr(kept.tally, name) for kept in found) for name in ("seen", "dropped", "truncated"))
     refused.stop(seen)
+    items: Items[T] = Items([block for kept in found for block in kept.blocks])
     if equal := [f"{path}:{line}" for (_, path), kept in zip(meant, found, strict=True) for line in kept.tally.equal]:
         notes.append(equal_note(equal))
         if not seen:
             raise UserError(f"no pairs in {', '.join(paths)}: in every record both answers are equal")
+    of = "samples of" if len(items) + dropped > seen else "of"  # some families make several of a record
     if dropped:
-        notes.append(f"{dropped} of {seen} records left out: longer than {source.room} tokens")
+        notes.append(f"{dropped} {of} {seen} records left out: longer than {source.room} tokens")
     if truncated:
-        notes.append(f"{truncated} of {seen} records cut at {source.room} tokens")
-    items: Items[T] = Items([block for kept in found for block in kept.blocks])
-    sizes = [sum(len(block) for block in kept.blocks) for kept in found]
-    return items, np.repeat(np.array([i for i, _ in meant], np.int64), sizes)
+        notes.append(f"{truncated} {of} {seen} records cut at {source.room} tokens")
+    numbers = [np.concatenate([block.records() for block in kept.blocks] or [np.empty(0, np.int64)]) for kept in found]
+    counts = [np.unique(number, return_counts=True)[1] for number in numbers]
+    entry = np.repeat(np.array([i for i, _ in meant], np.int64), [len(count) for count in counts])
+    if len(items) > len(entry):
+        notes.append(f"{len(items):,} samples of {len(entry):,} records, one for each trained answer")
+    return items, entry, np.concatenate([[0], *counts]).cumsum()
 
 
-def _kept(path: str, source: Source[T], rows: Callable[[Tally], Iterator[tuple[T, int]]]) -> Kept:
+def _kept(path: str, source: Source[T], rows: Callable[[Tally], Iterator[list[T]]]) -> Kept:
     """One file's items from the cache, or made now."""
     if source.folder is None or not Path(path).is_file():
         return in_memory(source.kind, rows)
@@ -269,8 +279,8 @@ def _kept(path: str, source: Source[T], rows: Callable[[Tally], Iterator[tuple[T
     return kept
 
 
-def _rows(path: str, source: Source[T], refused: _Refused, tally: Tally) -> Iterator[tuple[T, int]]:
-    """Items with their lines, from record `tally.seen` on; once anything is refused, the rest is only looked through for more."""
+def _rows(path: str, source: Source[T], refused: _Refused, tally: Tally) -> Iterator[list[T]]:
+    """Each record's items, from record `tally.seen` on; once anything is refused, the rest is only looked through for more."""
     equal: list[str] = []
     start, before = tally.seen, len(refused)
     source.expect(Path(path).stat().st_size if Path(path).is_file() else 0)
@@ -280,30 +290,34 @@ def _rows(path: str, source: Source[T], refused: _Refused, tally: Tally) -> Iter
             tally.failed = True
             continue
         try:
-            item = source.render(located.value)
+            items = source.render(located.value)
         except UserError as error:
             refused.strange.append(f"{located.where}: {error}")
             tally.failed = True
             continue
-        length = longest(item)
-        if length > source.room:
-            if source.overlength == "error":
-                refused.long.append(f"{located.where}: {length} tokens, expected at most {source.room}")
-                tally.failed = True
-                continue
+        length = max(map(longest, items))
+        if length > source.room and source.overlength == "error":
+            refused.long.append(f"{located.where}: {length} tokens, expected at most {source.room}")
+            tally.failed = True
+        elif fitting := _fitting(items, source, tally):
+            yield fitting
+    tally.equal = [int(where.rpartition(":")[2]) for where in equal]
+    tally.failed = tally.failed or len(refused) > before
+
+
+def _fitting(items: list[T], source: Source[T], tally: Tally) -> list[T]:
+    """The items that have room, or are cut until they have; counts the others."""
+    found = []
+    for item in items:
+        if longest(item) > source.room:
             shorter = source.cut(item, source.room) if source.overlength == "truncate" else None
             if shorter is None:
                 tally.dropped += 1
                 continue
             tally.truncated += 1
             item = shorter
-        yield item, _line(located.where)
-    tally.equal = [_line(where) for where in equal]
-    tally.failed = tally.failed or len(refused) > before
-
-
-def _line(where: str) -> int:
-    return int(where.rpartition(":")[2])
+        found.append(item)
+    return found
 
 
 def longest(item: Any) -> int:

@@ -16,6 +16,7 @@ from trueline.data.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from trueline.families.family import Family
 from trueline.families.folder import open_folder, resolve
 from trueline.families.peft import adapter_base, adapter_template, is_adapter
+from trueline.families.transcript import training_samples
 
 COLOURS = {"system": "magenta", "user": "cyan", "assistant": "green", "observation": "yellow"}
 STYLE = """body{font:15px/1.6 sans-serif;margin:2em;background:#fff;color:#222}main{display:grid;grid-template-columns:1fr 1fr;gap:1.5em}
@@ -31,14 +32,15 @@ class Renderer:
     family: Family
     tokenizer: Tokenizer
 
-    def samples(self, value: Value) -> dict[str, Sample]:
-        """A value as training sees it, by the name of its part."""
+    def samples(self, value: Value) -> list[tuple[str, Sample]]:
+        """A value as training sees it: its parts with their names."""
         if isinstance(value, Conversation):
-            return {"conversation": self.family.render(value, self.tokenizer)}
+            name = "answer" if self.family.answers_apart else "conversation"
+            return [(name, sample) for sample in training_samples(self.family, value, self.tokenizer)]
         if isinstance(value, Prompt):
-            return {"prompt": self.family.render(value.conversation, self.tokenizer, open=True)}
+            return [("prompt", self.family.render(value.conversation, self.tokenizer, open=True))]
         whole = {name: replace(value.prompt, messages=(*value.prompt.messages, getattr(value, name))) for name in ("chosen", "rejected")}
-        return {name: self.family.render(conversation, self.tokenizer, last_only=True) for name, conversation in whole.items()}
+        return [(name, self.family.render(conversation, self.tokenizer, last_only=True)) for name, conversation in whole.items()]
 
     def serving(self, value: Value) -> Sample:
         """The prompt of the last answer as generation sees it."""
@@ -62,7 +64,7 @@ def print_record(console: Console, located: Located[Value], renderer: Renderer |
             console.print(Text.assemble((f"{label}: ", f"bold {COLOURS[message.role]}"), visible(message.content)), soft_wrap=True)
         return
     plain = console.color_system is None
-    for name, sample in renderer.samples(value).items():
+    for name, sample in renderer.samples(value):
         heading = f"{name}: {len(sample)} tokens, {sum(sample.trained)} of them trained ({'in ⟦ ⟧' if plain else 'underlined'})"
         console.print(Text(heading, "bold"), soft_wrap=True)
         console.print(coloured(sample, renderer.tokenizer, plain), soft_wrap=True)
@@ -79,7 +81,7 @@ def write_page(path: str, title: str, located: Located[Value], renderer: Rendere
         turns = [(m.role, html.escape(label), _escaped(m.content)) for label, m in _labelled(located.value)]
         panes.append(("record", "\n".join(f'<span class="{role}"><b>{label}: </b>{text}</span>' for role, label, text in turns)))
     else:
-        for name, sample in renderer.samples(located.value).items():
+        for name, sample in renderer.samples(located.value):
             heading = f"{name}: {len(sample)} tokens, {sum(sample.trained)} of them trained (underlined)"
             panes.append((heading, _marked_up(sample, renderer.tokenizer)))
         if not isinstance(located.value, Prompt):
