@@ -57,10 +57,14 @@ class LinearLogProbability(torch.autograd.Function):
         return torch.cat(grad_hidden) if needs_hidden else None, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
+def chunk_rows(device: torch.device) -> int:
+    """Rows of logits alive at once."""
+    return min(CHUNK, CPU_CHUNK) if device.type == "cpu" else CHUNK
+
+
 def _chunks(*columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The columns' rows, so many at a time as the logits of are held at once."""
-    size = min(CHUNK, CPU_CHUNK) if columns[0].device.type == "cpu" else CHUNK
-    return zip(*(x.split(size) for x in columns), strict=True)
+    return zip(*(x.split(chunk_rows(columns[0].device)) for x in columns), strict=True)
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:

@@ -92,7 +92,7 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True) -> Opened
         raise UserError(f"model.init: random makes no sense for the adapter folder {path}; point model.path at a model folder")
     else:
         decoder, score = random_decoder(folder, dtype, drawn, with_head=with_head).to(device), None
-    decoder.recompute = config.recompute
+    decoder.recompute = len(decoder.layers) if config.recompute is True else 0  # auto: chosen when the batches are known
     found = None
     if adapted:
         recorded = adapter_base(path)[1]

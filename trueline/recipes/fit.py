@@ -6,10 +6,12 @@ What a step trains on is a pure function of (seed, step), so a resumed run goes 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,7 @@ from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import Opened, publish
 from trueline.recipes.report import run_report
 from trueline.train import checkpoint
-from trueline.train.budget import Budget
+from trueline.train.budget import Budget, choose_recompute, recompute_all
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
 from trueline.train.run import Run
 from trueline.train.step import Count, Objective, accumulate, count_items, evaluate, train_step
@@ -96,6 +98,10 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
         limit = None if config.run.epochs is None else total_samples(count, config.run.epochs)
         module.train()
         budget = Budget(config.batch.max_tokens, run.say)
+        if config.model.recompute == "auto":
+            decoder, fullest = stage.opened.decoder, cast(Any, fullest_batch(task, budget, config.batch.sequences, world))
+            run.say(choose_recompute(decoder, stage.role, getattr(fullest, "batch", fullest), [optimizer], config.batch.memory))
+            budget.relieve = partial(recompute_all, [decoder])
         burn_in(task, optimizer, budget, config.batch.sequences, world)
         for step in range(done + 1, total + 1):
             began = time.perf_counter()
@@ -132,13 +138,24 @@ def _packed(task: Task[T, B], items: Sequence[T], max_tokens: int, world: World)
     return (task.pack([items[i] for i in indices]).to(world.device) for indices in planned if indices)
 
 
+def fullest_batch(task: Task[T, B], budget: Budget, sequences: int, world: World) -> B:
+    """The fullest micro-batch that a step can have."""
+    items = longest_items(task, sequences)
+    return micro_batches(task, items, budget.room([len(item) for item in items]), world)[0]
+
+
+def longest_items(task: Task[T, B], sequences: int) -> list[T]:
+    order = np.argsort(-lengths(task.items), kind="stable")[:sequences]
+    return [task.items[int(i)] for i in order]
+
+
 def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: int, world: World) -> None:
     """One forward and backward pass over the fullest micro-batch a step can have, without an update: memory runs out now or not at all.
 
     Nothing is kept of it: every step seeds its own draws. The optimizer's moments come with the first update, and are not rehearsed.
     """
-    items = sorted(task.items, key=len, reverse=True)[:sequences]
-    lengths = [len(item) for item in items]
+    items = longest_items(task, sequences)
+    sizes = [len(item) for item in items]
 
     def rehearse(tokens: int) -> None:
         batches = list(islice(_packed(task, items, tokens, world), 1))
@@ -146,8 +163,8 @@ def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: i
             accumulate(optimizer, batches, task.objective, task.count, world, 0)
         optimizer.clear()
 
-    if min(budget.room(lengths), sum(lengths)) >= TRIVIAL:
-        budget.fit(lengths, rehearse)
+    if min(budget.room(sizes), sum(sizes)) >= TRIVIAL:
+        budget.fit(sizes, rehearse)
 
 
 def held_out_values(task: Task[T, B], module: nn.Module, max_tokens: int, world: World) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.generate import line_of
 from trueline.recipes.measures import matches, references
 from trueline.rollout.sampling import Rollout
+from trueline.train.budget import Budget
 from trueline.train.judge import Judge
 
 SAME_ANSWER = "same_answer"
@@ -53,7 +55,7 @@ def needed_score(score: Tensor | None, path: Path) -> Tensor:
 
 @contextmanager
 def open_reward(
-    config: RewardSourceConfig, policy: Opened | None, scorer: Scorer | None, own: Opened | None, folder: Path, max_tokens: int
+    config: RewardSourceConfig, policy: Opened | None, scorer: Scorer | None, own: Opened | None, folder: Path, budget: Budget
 ) -> Iterator[Scores]:
     """The scores `config` asks for, scaled and clipped. `scorer` (a reward model) may have its `own` folder, and so its own template;
     without a `policy` (answers from a file) it is the one that is used."""
@@ -65,7 +67,7 @@ def open_reward(
     if scorer is not None:
         render = _renderer(policy, own)
         yield lambda rollouts, prompts: finish(
-            score_samples(scorer, [render(r, p) for r, p in zip(rollouts, prompts, strict=True)], max_tokens)
+            score_samples(scorer, [render(r, p) for r, p in zip(rollouts, prompts, strict=True)], budget)
         )
         return
     if config.function == SAME_ANSWER:
@@ -120,12 +122,16 @@ def _translated(rollout: Rollout, prompt: TokenPrompt, family: Family, tokenizer
     return family.render(replace(conversation, messages=(*conversation.messages, answer)), tokenizer, last_only=True)
 
 
-@torch.no_grad()
-def score_samples(scorer: Scorer, samples: Sequence[Sample], max_tokens: int) -> list[float]:
+def score_samples(scorer: Scorer, samples: Sequence[Sample], budget: Budget) -> list[float]:
     """The score of each sample's last token."""
+    return budget.fit([len(s) for s in samples], partial(_score, scorer, samples))
+
+
+@torch.no_grad()
+def _score(scorer: Scorer, samples: Sequence[Sample], max_tokens: int) -> list[float]:
     place = scorer.score.weight.device
     scores = [0.0] * len(samples)
-    for indices in plan([len(s) for s in samples], max(max_tokens, *(len(s) for s in samples)))[0]:
+    for indices in plan([len(s) for s in samples], max_tokens)[0]:
         batch = pack([samples[i] for i in indices]).to(place)
         for i, value in zip(indices, scorer(batch)[batch.ends()].tolist(), strict=True):
             scores[i] = value

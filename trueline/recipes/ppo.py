@@ -9,32 +9,35 @@ Left out: entropy bonus, several ranks, rollouts that run beside training.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from trueline.config.load import to_yaml
 from trueline.config.schema import OptimizerConfig, PpoConfig, PpoStageConfig
 from trueline.data.cache import TokenPrompt, items_fingerprint, lengths
-from trueline.data.sample import Sample
+from trueline.data.sample import Sample, answered
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.model.batch import Batch, pack
 from trueline.model.heads import LanguageModel, Scorer, values_before
 from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import publish
-from trueline.recipes.fit import resume, save, show_plan
+from trueline.recipes.fit import TRIVIAL, resume, save, show_plan
 from trueline.recipes.generate import sampling_of
-from trueline.recipes.judges import Scores, open_reward, sample_line
+from trueline.recipes.judges import Scores, open_reward, sample_line, score_samples
 from trueline.recipes.prepare import prompt_tokens, ptx_samples
 from trueline.recipes.report import run_report
 from trueline.recipes.roles import Roles, open_roles, parents
 from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Rollout
+from trueline.train.budget import Budget, choose_recompute, recompute_all
 from trueline.train.experience import Experience, ExperienceBatch, appraise, pack_experience
 from trueline.train.losses import adaptive_kl, kl, ppo_clipped, ppo_policy_loss, ppo_value_loss, sft_loss
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
 from trueline.train.run import Run
-from trueline.train.step import Count, Losses, Objective, Totals, train_step
+from trueline.train.step import Count, Losses, Objective, Totals, accumulate, train_step
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Actors:
     optimizers: dict[str, Optimizer]
     score: Scores
     world: World
+    budget: Budget
 
     def answer(self, prompts: Sequence[TokenPrompt], seeds: Sequence[int]) -> list[Rollout]:
         """One answer to each prompt by the policy as it is now: the engine runs the very weights that are trained."""
@@ -85,20 +89,46 @@ class Actors:
             rollouts = engine.generate([p.tokens for p in prompts], sampling_of(config.sampling, opened), seeds)
         return [replace(r, text=opened.text().decode(r.tokens)) for r in rollouts]
 
+    def appraise(
+        self, rollouts: Sequence[Rollout], scores: Sequence[float], kl_coefficient: float, max_tokens: int
+    ) -> tuple[list[Experience], dict[str, float]]:
+        config, roles = self.config, self.roles
+        return appraise(
+            rollouts,
+            scores,
+            roles.model,
+            roles.reference,
+            roles.critic,
+            ppo=config.ppo,
+            kl_coefficient=kl_coefficient,
+            temperature=config.sampling.temperature,
+            max_tokens=max_tokens,
+            world=self.world,
+        )
+
     def update(self, chosen: Sequence[Experience], mixed: Sequence[Sample], step: int, number: int, total: int) -> dict[str, float]:
         """Update `number` of `total`, of the policy and then of the critic."""
         config = self.config
-        place = self.world.device
-        groups = [[chosen[i] for i in indices] for indices in plan([len(e) for e in chosen], config.batch.max_tokens)[0] if indices]
-        packed = [pack_experience(group).to(place) for group in groups]
-        policy = [PolicyBatch(e) for e in packed]
-        for indices in plan([len(s) for s in mixed], config.batch.max_tokens)[0] if mixed else []:
-            policy.append(PolicyBatch(None, pack([mixed[i] for i in indices]).to(place)))
+        lengths = [*(len(e) for e in chosen), *(len(s) for s in mixed)]
         objective = policy_objective(self.roles.model, config.ppo, config.sampling.temperature)
-        values = self._step("policy", config.optimizer, policy, objective, count_policy, step, number, total)
-        settings = config.critic.optimizer or config.optimizer
-        critic = self._step("critic", settings, packed, value_objective(self.roles.critic, config.ppo), count_values, step, number, total)
+
+        def update_policy(tokens: int) -> dict[str, float]:
+            policy = [PolicyBatch(e) for e in self.pack(chosen, tokens)]
+            for indices in plan([len(s) for s in mixed], tokens)[0] if mixed else []:
+                policy.append(PolicyBatch(None, pack([mixed[i] for i in indices]).to(self.world.device)))
+            return self._step("policy", config.optimizer, policy, objective, count_policy, step, number, total)
+
+        def update_critic(tokens: int) -> dict[str, float]:
+            settings, objective = config.critic.optimizer or config.optimizer, value_objective(self.roles.critic, config.ppo)
+            return self._step("critic", settings, self.pack(chosen, tokens), objective, count_values, step, number, total)
+
+        values, critic = self.budget.fit(lengths, update_policy), self.budget.fit([len(e) for e in chosen], update_critic)
         return values | {"value_loss": critic["loss"]} | {f"critic_{name}": critic[name] for name in ("grad_norm", "lr")}
+
+    def pack(self, chosen: Sequence[Experience], max_tokens: int) -> list[ExperienceBatch]:
+        """Micro-batches of at most so many tokens."""
+        planned = plan([len(e) for e in chosen], max_tokens)[0]
+        return [pack_experience([chosen[i] for i in indices]).to(self.world.device) for indices in planned if indices]
 
     def _step(
         self,
@@ -192,7 +222,8 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     order: dict[str, Any] = {"seed": config.run.seed, "model": roles.policy.fingerprint}
     order |= {"rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
     order |= {"data": items_fingerprint(prompts.train)}
-    source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, config.batch.max_tokens)
+    budget = Budget(config.batch.max_tokens, print)
+    source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, budget)
     with Run("ppo", config.run, to_yaml(config), world) as run, open_reward(*source) as score:
         done = resume(run, order, trained, optimizers, lambda state: learning.restore(config.ppo, state))
         if run.finished(done, total):
@@ -200,7 +231,9 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
         run.begin(done, total, parents(config, roles.policy))
         for note in (*prompts.notes, *(f"data.ptx: {note}" for note in ptx.notes)):
             run.say(note)
-        actors = Actors(config, roles, optimizers, score, world)
+        budget.say = run.say
+        actors = Actors(config, roles, optimizers, score, world, budget)
+        burn_in(actors, prompts.train, ptx.train)
         for step in range(done + 1, total + 1):
             values, lines = iterate(actors, learning, prompts.train, ptx.train, step, total)
             run.log(step, values)
@@ -220,7 +253,7 @@ def iterate(
     actors: Actors, learning: Learning, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample], step: int, total: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One iteration; returns its metrics, and a line for each answer."""
-    config, roles = actors.config, actors.roles
+    config = actors.config
     clock = [time.perf_counter()]
     limit = None if config.run.epochs is None else total_samples(len(prompts), config.run.epochs)
     indices = step_indices(config.run.seed, step - 1, len(prompts), config.rollout.prompts, limit)
@@ -228,18 +261,8 @@ def iterate(
     rollouts = actors.answer(asked, [key(config.run.seed, "rollout", step, j) for j in range(len(asked))])
     clock.append(time.perf_counter())
     scores = actors.score(rollouts, asked)
-    experience, values = appraise(
-        rollouts,
-        scores,
-        roles.model,
-        roles.reference,
-        roles.critic,
-        ppo=config.ppo,
-        kl_coefficient=learning.kl_coefficient,
-        temperature=config.sampling.temperature,
-        max_tokens=config.batch.max_tokens,
-        world=actors.world,
-    )
+    sizes = [len(r.prompt) + len(r.tokens) for r in rollouts]
+    experience, values = actors.budget.fit(sizes, partial(actors.appraise, rollouts, scores, learning.kl_coefficient))
     clock.append(time.perf_counter())
     values |= replay(actors, experience, ptx, step, total) | {"kl_coefficient": learning.kl_coefficient}
     clock.append(time.perf_counter())
@@ -249,6 +272,51 @@ def iterate(
     values |= {name: after - before for name, before, after in zip(names, clock, clock[1:], strict=False)}
     values |= {"tokens": tokens, "tokens_per_second": tokens / (clock[-1] - clock[0])}
     return values, [sample_line(p, r, s) for p, r, s in zip(asked, rollouts, scores, strict=True)]
+
+
+def burn_in(actors: Actors, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample]) -> None:
+    """Chooses which layers are recomputed, then scores and learns from the fullest micro-batch there can be, without an update.
+
+    Its answers are as long as they may become. Nothing is kept of it; memory for generating is not rehearsed.
+    """
+    config, roles, budget = actors.config, actors.roles, actors.budget
+    order = np.argsort(-lengths(prompts), kind="stable")[: config.rollout.prompts]
+    answer = config.sampling.max_new_tokens
+    asked = [prompts[int(i)].tokens for i in order for _ in range(config.rollout.samples)]
+    asked = asked[: -(-len(asked) // config.ppo.minibatches)]
+    rollouts = [Rollout(tokens, tokens[-1:] * answer, [0.0] * answer, "length") for tokens in asked]
+    mixed = sorted(ptx, key=len, reverse=True)[: len(asked)]
+    sizes = [len(tokens) + answer for tokens in asked]
+
+    def fullest(tokens: int) -> list[Rollout]:
+        return [rollouts[i] for i in plan(sizes, tokens)[0][0]]
+
+    def rehearse(tokens: int) -> None:
+        experience, _ = actors.appraise(fullest(tokens), [0.0] * len(fullest(tokens)), 0.0, tokens)
+        if roles.reward is not None:
+            score_samples(roles.reward, [e.sample for e in experience], Budget(tokens, budget.say))
+        packed = actors.pack(experience, tokens)
+        policy = policy_objective(roles.model, config.ppo, config.sampling.temperature)
+        accumulate(actors.optimizers["policy"], [PolicyBatch(e) for e in packed], policy, count_policy, actors.world, 0)
+        actors.optimizers["policy"].clear()
+        for indices in plan([len(s) for s in mixed], tokens)[0][:1] if mixed else []:
+            both = [PolicyBatch(None, pack([mixed[i] for i in indices]).to(actors.world.device))]
+            accumulate(actors.optimizers["policy"], both, policy, count_policy, actors.world, 0)
+            actors.optimizers["policy"].clear()
+        accumulate(actors.optimizers["critic"], packed, value_objective(roles.critic, config.ppo), count_values, actors.world, 0)
+        actors.optimizers["critic"].clear()
+
+    if config.model.recompute == "auto":
+        samples = [answered(r.prompt, r.tokens, roles.model.decoder.config.blocks) for r in fullest(budget.room(sizes))]
+        batch = pack(samples).to(actors.world.device)
+        chosen: dict[int, int] = {}
+        for module in (roles.model, roles.critic):
+            decoder = module.decoder
+            budget.say(choose_recompute(decoder, module.role, batch, actors.optimizers.values(), config.batch.memory))
+            decoder.recompute = chosen[id(decoder)] = max(decoder.recompute, chosen.get(id(decoder), 0))
+        budget.relieve = partial(recompute_all, [roles.model.decoder, roles.critic.decoder])
+    if min(budget.room(sizes), sum(sizes)) >= TRIVIAL:
+        budget.fit([*sizes, *map(len, mixed)], rehearse)
 
 
 def replay(actors: Actors, experience: Sequence[Experience], ptx: Sequence[Sample], step: int, total: int) -> dict[str, float]:

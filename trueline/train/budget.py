@@ -1,36 +1,56 @@
-"""How many tokens a micro-batch holds. One rule: running out of memory changes how a step is cut, never what it computes."""
+"""How many tokens a micro-batch holds, and which layers are recomputed. One rule: memory changes how a step is cut, never its result."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
-from trueline.errors import RunError
+import torch
+
+from trueline.errors import RunError, out_of_memory
+from trueline.model.batch import Batch
+from trueline.model.decoder import Decoder
+from trueline.model.heads import accumulation_dtype, chunk_rows
+from trueline.train.optimizer import Optimizer
 from trueline.train.step import OutOfMemory
 
 R = TypeVar("R")
+SPARE = 0.05  # of the free memory, for what is not counted: pieces that do not fit together, buffers of libraries
+NO_LIMIT = 1 << 60  # cgroups write "no limit" as a number near 2^63
 
 
 @dataclass
 class Budget:
-    """`tokens` per micro-batch; halved when they do not fit, and `say` tells."""
+    """`tokens` per micro-batch; halved when they do not fit, and `say` tells.
+
+    Before that `relieve` may make room in another way: it returns what it did, or None when there is nothing left to do.
+    """
 
     tokens: int
     say: Callable[[str], None]
+    relieve: Callable[[], str | None] = lambda: None
 
     def room(self, lengths: Sequence[int]) -> int:
         """Tokens per micro-batch for items of these lengths: an item is never cut."""
         return max(self.tokens, *lengths)
 
     def fit(self, lengths: Sequence[int], attempt: Callable[[int], R]) -> R:
-        """What `attempt` returns for the first budget that it does not raise OutOfMemory for.
+        """What `attempt` returns for the first budget that it does not run out of memory for.
 
         RunError when not even single items fit. A step's loss is a sum over one global count, so a smaller budget gives the same gradient.
         """
         while True:
             tried = min(self.room(lengths), sum(lengths))
-            with suppress(OutOfMemory):  # left before the next attempt, so that nothing of this one is held
+            try:
                 return attempt(self.room(lengths))
+            except (OutOfMemory, MemoryError, RuntimeError) as error:
+                if not isinstance(error, OutOfMemory) and not out_of_memory(error):
+                    raise
+            # left before the next attempt, so that nothing of this one is held
+            if relief := self.relieve():
+                self.say(f"out of memory with {tried} tokens in a micro-batch; {relief}, same loss")
+                continue
             self.tokens = max(tried // 2, 1)
             if self.room(lengths) >= tried:
                 raise RunError(
@@ -39,3 +59,86 @@ class Budget:
                 )
             smaller = self.room(lengths)
             self.say(f"out of memory with {tried} tokens in a micro-batch; going on with {smaller} (batch.max_tokens), same loss")
+
+
+def recompute_all(decoders: Sequence[Decoder]) -> str | None:
+    """Relief for `model.recompute: auto`: every layer of these is recomputed from now on."""
+    if all(decoder.recompute == len(decoder.layers) for decoder in decoders):
+        return None
+    for decoder in decoders:
+        decoder.recompute = len(decoder.layers)
+    return "recomputing all layers from now on (model.recompute)"
+
+
+def choose_recompute(decoder: Decoder, role: str | None, batch: Batch, optimizers: Iterable[Optimizer], memory: int | None) -> str:
+    """Sets how many layers of `decoder` are recomputed, so that `batch`, the fullest micro-batch, fits `memory`; returns what and why.
+
+    `memory` None is what the device has free. Gradients and states that are still to come are counted as used.
+    """
+    optimizers = list(optimizers)
+    free = math.floor(free_memory(batch.tokens.device) * (1 - SPARE)) if memory is None else memory
+    wanted = [optimizer.memory() for optimizer in optimizers]
+    there = sum(x.nbytes for optimizer in optimizers for x in optimizer.state().values())
+    kept, again = decoder.layer_memory(batch.tokens, batch.layout, role)
+    room = free - max(gradients for gradients, _ in wanted) - (sum(states for _, states in wanted) - there) - logits_memory(decoder, batch)
+    layers = len(decoder.layers)
+    decoder.recompute = layers_to_recompute(room, layers, kept, again)
+    fits = f"activations of {layers} layers take {layers * kept / 1e9:.2f} GB, there is room for {max(room, 0) / 1e9:.2f} GB"
+    return f"model.recompute: auto recomputes {decoder.recompute} of {layers} layers; {fits} ({free / 1e9:.2f} GB of memory less the rest)"
+
+
+def layers_to_recompute(room: int, layers: int, kept: int, again: int) -> int:
+    """How many of `layers` have to be recomputed for activations to take at most `room` bytes; all of them if that is not enough.
+
+    A layer keeps `kept` bytes, or `again` when it is recomputed; one layer more is counted for what a layer's backward pass works with.
+
+    >>> [layers_to_recompute(room, 10, kept=100, again=10) for room in (1100, 1099, 1010, 1009, 290, 0)]
+    [0, 1, 1, 2, 9, 10]
+    """
+    lacking = (layers + 1) * kept - room
+    return 0 if lacking <= 0 else min(layers, -(-lacking // max(kept - again, 1)))
+
+
+def logits_memory(decoder: Decoder, batch: Batch) -> int:
+    """Bytes of logits at once: in the model's format, wide, and their change; none for a scorer."""
+    if decoder.head is None:
+        return 0
+    weight = decoder.embed.weight
+    wide = accumulation_dtype(weight.dtype).itemsize
+    return min(len(batch.tokens), chunk_rows(weight.device)) * decoder.config.vocab_size * (weight.dtype.itemsize + wide)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take on `device`; on a CPU the lower of what the machine and its control group have left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free_on_host()
+
+
+def free_on_host(root: Path = Path("/")) -> int:
+    """MemAvailable of /proc/meminfo, or what the limit of any control group around this process leaves where that is less."""
+    lines = (root / "proc/meminfo").read_text().splitlines()
+    left = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
+        _, kinds, path = line.split(":", 2)
+        if kinds not in ("", "memory"):
+            continue
+        home = root / "sys/fs/cgroup" / kinds
+        inside = home / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            left += _left_in(folder, ("memory.max", "memory.current") if not kinds else ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+            if folder == home:
+                break
+    return max(min(left), 0)
+
+
+def _left_in(folder: Path, names: tuple[str, str]) -> list[int]:
+    """What the group's limit leaves, if it has one; the pages of files it has read can be given back."""
+    limit, used = (folder / name for name in names)
+    if not (limit.is_file() and used.is_file()) or not (text := limit.read_text().strip()).isdigit() or int(text) > NO_LIMIT:
+        return []
+    stat = folder / "memory.stat"
+    fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.is_file() else {}
+    files = int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))
+    return [int(text) - int(used.read_text()) + files]

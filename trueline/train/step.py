@@ -115,7 +115,7 @@ def evaluate(batches: Iterable[B], objective: Objective[B], count: Count[B], wor
     for batch in batches:
         sums, metrics = objective(batch)
         items = _counted(items, count(batch))
-        losses = {name: losses.get(name, 0) + total.double() for name, total in sums.items()}
+        losses |= {name: losses.get(name, 0) + total.double() for name, total in sums.items()}
         _add(totals, metrics)
     totals["loss"] = (sum_loss(losses, _everywhere(items, world), 0), 1 if world.first else 0)
     return average(totals, world)
@@ -130,7 +130,7 @@ def count_items(batches: Sequence[B], count: Count[B], world: World) -> dict[str
 
 
 def _counted(found: dict[str, int], more: Mapping[str, int | Tensor]) -> dict[str, int]:
-    return {name: found.get(name, 0) + int(n) for name, n in more.items()}
+    return found | {name: found.get(name, 0) + int(n) for name, n in more.items()}
 
 
 def _everywhere(found: dict[str, int], world: World) -> dict[str, int]:
