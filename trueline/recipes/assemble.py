@@ -137,9 +137,14 @@ def settle_dtype(config: C) -> C:
     dtype = saved_settings(config.run.output / CONFIG).get("model.dtype")
     if dtype not in DTYPES:
         device = find_device()
-        wide = open_folder(_places(config.model)[3]).decoder_config.hidden_size >= WIDE
+        wide = base_folder(config.model).decoder_config.hidden_size >= WIDE
         dtype = "bfloat16" if device.type != "cpu" or wide and fast_bfloat16() else "float32"
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def base_folder(config: ModelConfig) -> ModelFolder:
+    """The model that is opened, or an adapter's base, without its weights."""
+    return open_folder(_places(config)[3], config.template)
 
 
 def open_text(config: ModelConfig) -> tuple[Family, Tokenizer]:

@@ -21,6 +21,7 @@ from trueline.data.cache import items_fingerprint, lengths
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.errors import UserError
+from trueline.model.batch import Batch
 from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import Opened, publish
 from trueline.recipes.report import run_report
@@ -99,9 +100,8 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
         module.train()
         budget = Budget(config.batch.max_tokens, run.say)
         if config.model.recompute == "auto":
-            decoder, fullest = stage.opened.decoder, cast(Any, fullest_batch(task, budget, config.batch.sequences, world))
-            run.say(choose_recompute(decoder, stage.role, getattr(fullest, "batch", fullest), [optimizer], config.batch.memory))
-            budget.relieve = partial(recompute_all, [decoder])
+            run.say(settle_recompute(stage, task, optimizer, world))
+            budget.relieve = partial(recompute_all, [stage.opened.decoder])
         burn_in(task, optimizer, budget, config.batch.sequences, world)
         for step in range(done + 1, total + 1):
             began = time.perf_counter()
@@ -138,10 +138,13 @@ def _packed(task: Task[T, B], items: Sequence[T], max_tokens: int, world: World)
     return (task.pack([items[i] for i in indices]).to(world.device) for indices in planned if indices)
 
 
-def fullest_batch(task: Task[T, B], budget: Budget, sequences: int, world: World) -> B:
-    """The fullest micro-batch that a step can have."""
-    items = longest_items(task, sequences)
-    return micro_batches(task, items, budget.room([len(item) for item in items]), world)[0]
+def settle_recompute(stage: Stage, task: Task[T, B], optimizer: Optimizer, world: World) -> str:
+    """Chooses for the fullest micro-batch that a step can have; it may be of other records than the longest, which are measured."""
+    batch, items = stage.config.batch, longest_items(task, stage.config.batch.sequences)
+    fullest = cast(Any, micro_batches(task, items, batch.max_tokens, world)[0])
+    tokens = min(batch.max_tokens, sum(len(item) for item in items))
+    packed: Batch = getattr(fullest, "batch", fullest)
+    return choose_recompute(stage.opened.decoder, stage.role, packed, tokens, [optimizer], batch.memory)
 
 
 def longest_items(task: Task[T, B], sequences: int) -> list[T]:

@@ -280,13 +280,10 @@ def burn_in(actors: Actors, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample
     Its answers are as long as they may become. Nothing is kept of it; memory for generating is not rehearsed.
     """
     config, roles, budget = actors.config, actors.roles, actors.budget
-    order = np.argsort(-lengths(prompts), kind="stable")[: config.rollout.prompts]
-    answer = config.sampling.max_new_tokens
-    asked = [prompts[int(i)].tokens for i in order for _ in range(config.rollout.samples)]
-    asked = asked[: -(-len(asked) // config.ppo.minibatches)]
-    rollouts = [Rollout(tokens, tokens[-1:] * answer, [0.0] * answer, "length") for tokens in asked]
-    mixed = sorted(ptx, key=len, reverse=True)[: len(asked)]
-    sizes = [len(tokens) + answer for tokens in asked]
+    rollouts = longest_rollouts(config, prompts)
+    rollouts = rollouts[: -(-len(rollouts) // config.ppo.minibatches)]
+    mixed = sorted(ptx, key=len, reverse=True)[: len(rollouts)]
+    sizes = [len(r.prompt) + len(r.tokens) for r in rollouts]
 
     def fullest(tokens: int) -> list[Rollout]:
         return [rollouts[i] for i in plan(sizes, tokens)[0][0]]
@@ -312,11 +309,18 @@ def burn_in(actors: Actors, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample
         chosen: dict[int, int] = {}
         for module in (roles.model, roles.critic):
             decoder = module.decoder
-            budget.say(choose_recompute(decoder, module.role, batch, actors.optimizers.values(), config.batch.memory))
+            budget.say(choose_recompute(decoder, module.role, batch, len(batch.tokens), actors.optimizers.values(), config.batch.memory))
             decoder.recompute = chosen[id(decoder)] = max(decoder.recompute, chosen.get(id(decoder), 0))
         budget.relieve = partial(recompute_all, [roles.model.decoder, roles.critic.decoder])
     if min(budget.room(sizes), sum(sizes)) >= TRIVIAL:
         budget.fit([*sizes, *map(len, mixed)], rehearse)
+
+
+def longest_rollouts(config: PpoStageConfig, prompts: Sequence[TokenPrompt]) -> list[Rollout]:
+    """An iteration's answers if all prompts were the longest and no answer stopped."""
+    order, answer = np.argsort(-lengths(prompts), kind="stable")[: config.rollout.prompts], config.sampling.max_new_tokens
+    asked = [prompts[int(i)].tokens for i in order for _ in range(config.rollout.samples)]
+    return [Rollout(tokens, tokens[-1:] * answer, [0.0] * answer, "length") for tokens in asked]
 
 
 def replay(actors: Actors, experience: Sequence[Experience], ptx: Sequence[Sample], step: int, total: int) -> dict[str, float]:

@@ -70,17 +70,20 @@ def recompute_all(decoders: Sequence[Decoder]) -> str | None:
     return "recomputing all layers from now on (model.recompute)"
 
 
-def choose_recompute(decoder: Decoder, role: str | None, batch: Batch, optimizers: Iterable[Optimizer], memory: int | None) -> str:
-    """Sets how many layers of `decoder` are recomputed, so that `batch`, the fullest micro-batch, fits `memory`; returns what and why.
+def choose_recompute(
+    decoder: Decoder, role: str | None, batch: Batch, tokens: int, optimizers: Iterable[Optimizer], memory: int | None
+) -> str:
+    """Sets how many layers of `decoder` are recomputed, so that a micro-batch of `tokens` tokens fits `memory`; returns what and why.
 
-    `memory` None is what the device has free. Gradients and states that are still to come are counted as used.
+    What a layer keeps is measured on `batch`. `memory` None is what the device has free. Gradients and states that are still to come count
+    as used.
     """
     optimizers = list(optimizers)
     free = math.floor(free_memory(batch.tokens.device) * (1 - SPARE)) if memory is None else memory
     wanted = [optimizer.memory() for optimizer in optimizers]
     there = sum(x.nbytes for optimizer in optimizers for x in optimizer.state().values())
-    kept, again = decoder.layer_memory(batch.tokens, batch.layout, role)
-    room = free - max(gradients for gradients, _ in wanted) - (sum(states for _, states in wanted) - there) - logits_memory(decoder, batch)
+    kept, again = (-(-n * tokens // len(batch.tokens)) for n in decoder.layer_memory(batch.tokens, batch.layout, role))
+    room = free - max(gradients for gradients, _ in wanted) - (sum(states for _, states in wanted) - there) - logits_memory(decoder, tokens)
     layers = len(decoder.layers)
     decoder.recompute = layers_to_recompute(room, layers, kept, again)
     fits = f"activations of {layers} layers take {layers * kept / 1e9:.2f} GB, there is room for {max(room, 0) / 1e9:.2f} GB"
@@ -99,13 +102,13 @@ def layers_to_recompute(room: int, layers: int, kept: int, again: int) -> int:
     return 0 if lacking <= 0 else min(layers, -(-lacking // max(kept - again, 1)))
 
 
-def logits_memory(decoder: Decoder, batch: Batch) -> int:
+def logits_memory(decoder: Decoder, tokens: int) -> int:
     """Bytes of logits at once: in the model's format, wide, and their change; none for a scorer."""
     if decoder.head is None:
         return 0
     weight = decoder.embed.weight
     wide = accumulation_dtype(weight.dtype).itemsize
-    return min(len(batch.tokens), chunk_rows(weight.device)) * decoder.config.vocab_size * (weight.dtype.itemsize + wide)
+    return min(tokens, chunk_rows(weight.device)) * decoder.config.vocab_size * (weight.dtype.itemsize + wide)
 
 
 def free_memory(device: torch.device) -> int:
