@@ -34,7 +34,7 @@ from trueline.rollout.engine import PROMPT_TOKENS
 from trueline.rollout.packed import can_pack
 from trueline.train.budget import SPARE, choose_recompute, free_memory
 from trueline.train.memory_plan import Peak, disk_bytes, fullest_of, highest, key_value_bytes
-from trueline.train.optimizer import make_optimizer
+from trueline.train.optimizer import Optimizer, make_optimizer
 from trueline.train.rehearsal import fake_batch, outside, rehearse_pass, rehearse_step, shapes_only, weight_bytes
 
 LOOKED_AT = 512  # steps whose micro-batches are planned, evenly over the run
@@ -113,7 +113,8 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
     work = {"records": len(items), "steps": total, "tokens": tokens, "micro-batches per step": round(micro_batches, 2)}
     work |= {"fullest micro-batch": full[0], "parameters trained": sum(p.numel() for p in parameters.values())}
     trained = sum(p.numel() * p.element_size() for p in parameters.values())
-    disk = _disk(config, total, trained + fixed.states, fixed.weights if role is None else trained, prepared, tokenizer, total * LINE)
+    published = _published(config, phases, fixed, fixed.weights, trained)
+    disk = _disk(config, total, trained + fixed.states, published, prepared, tokenizer, total * LINE)
 
     def measured() -> tuple[dict[str, Peak], float]:
         found = calibrate_fit(config, groups, decoder.recompute)
@@ -131,7 +132,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
     rollouts = longest_rollouts(config, prompts.train)
     sizes, per_update = [len(r.prompt) + new for r in rollouts], -(-len(rollouts) // config.ppo.minibatches)
     plan(sizes[:1], config.batch.max_tokens)
-    blocks, wanted = folder.decoder_config.blocks, config.critic.adapter or config.model.adapter
+    blocks = folder.decoder_config.blocks
     scored, learned = (plan(part, config.batch.max_tokens)[0] for part in (sizes, sizes[:per_update]))
     reading = rollouts[: max(1, PROMPT_TOKENS // len(rollouts[0].prompt))][: config.rollout.running]
     packed = [pack([answered(rollouts[i].prompt, rollouts[i].tokens, blocks) for i in part]) for part in (scored[0], *learned[:2])]
@@ -140,20 +141,8 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
     likeness = replace(folder.decoder_config, num_layers=0, vocab_size=8, hidden_size=8)
     packs = can_pack(Decoder(likeness).to(dtype)) and device.type == "cpu"
     with shapes_only(dtype) as mode:
-        own = config.critic.path is not None or "full" in (wanted.kind, config.model.adapter.kind)
-        adapters = {"policy": config.model.adapter} | ({} if own else {"critic": wanted})
-        trunk = decoder = _decoder(folder, adapters, dtype, device)
-        if own:
-            home = base_folder(config.model.model_copy(update={"path": config.critic.path, "base": None})) if config.critic.path else folder
-            trunk = _decoder(home, {"critic": wanted}, dtype, device, with_head=False)
-        role, parameters = _trained(decoder, "policy", config.model.adapter)
-        critic_role, critic_parameters = _trained(trunk, "critic", wanted)
-        model, (critic, critic_parameters) = LanguageModel(decoder, role), _scorer(trunk, critic_role, critic_parameters)
-        bare = weight_bytes(decoder)
-        for parameter in (*parameters.values(), *critic_parameters.values()):
-            parameter.requires_grad_(True)
-        settings = (config.optimizer, config.critic.optimizer or config.optimizer)
-        optimizers = [make_optimizer(p, s) for p, s in zip((parameters, critic_parameters), settings, strict=True)]
+        model, critic, optimizers = _actor_and_critic(config, folder, dtype, device)
+        decoder, trunk, bare = model.decoder, critic.decoder, weight_bytes(model)
         roles = {"policy": bare, "critic": weight_bytes(model, critic) - bare, **_frozen_roles(config, dtype, folder)}
         fixed = Peak(weights=sum(roles.values()), states=sum(optimizer.memory()[1] for optimizer in optimizers))
         scoring, *learning, read = (fake_batch(batch, mode) for batch in packed)
@@ -169,10 +158,10 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
     tokens, answers = round((float(lengths(prompts.train).mean()) + new) * len(rollouts) * total), len(rollouts)
     work = {"prompts": len(prompts.train), "steps": total, "answers": answers * total, "tokens": tokens}
     work |= {"micro-batches per update": len(learned), "fullest micro-batch": sum(sizes[i] for i in scored[0])}
-    work["parameters trained"] = sum(p.numel() for p in (*parameters.values(), *critic_parameters.values()))
-    trained, both = (sum(p.numel() * p.element_size() for p in x) for x in (parameters.values(), critic_parameters.values()))
-    logs = total * LINE + tokens * SAMPLE
-    disk = _disk(config, total, trained + both + fixed.states, bare if role is None else trained, prompts, tokenizer, logs)
+    work["parameters trained"] = sum(p.numel() for optimizer in optimizers for p in optimizer.parameters.values())
+    policy, both = (sum(p.numel() * p.element_size() for o in some for p in o.parameters.values()) for some in (optimizers[:1], optimizers))
+    published = _published(config, phases, fixed, bare, policy)
+    disk = _disk(config, total, both + fixed.states, published, prompts, tokenizer, total * LINE + tokens * SAMPLE)
 
     def measured() -> tuple[dict[str, Peak], float]:
         found = calibrate_ppo(config, rollouts, {"policy": decoder.recompute, "critic": trunk.recompute})
@@ -187,6 +176,36 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         return phases | seen, total * iteration + tokens * per_token
 
     return Forecast(phases, roles, {"policy": decoder.recompute, "critic": trunk.recompute}, said, work, disk, measured)
+
+
+def _actor_and_critic(
+    config: PpoStageConfig, folder: ModelFolder, dtype: torch.dtype, device: torch.device
+) -> tuple[LanguageModel, Scorer, list[Optimizer]]:
+    """On one trunk where recipes/roles.py shares it."""
+    adapter, wanted = config.model.adapter, config.critic.adapter or config.model.adapter
+    own = config.critic.path is not None or "full" in (wanted.kind, adapter.kind)
+    trunk = decoder = _decoder(folder, {"policy": adapter} | ({} if own else {"critic": wanted}), dtype, device)
+    if own:
+        home = base_folder(config.model.model_copy(update={"path": config.critic.path, "base": None})) if config.critic.path else folder
+        trunk = _decoder(home, {"critic": wanted}, dtype, device, with_head=False)
+    role, parameters = _trained(decoder, "policy", adapter)
+    critic_role, critic_parameters = _trained(trunk, "critic", wanted)
+    critic, critic_parameters = _scorer(trunk, critic_role, critic_parameters)
+    for parameter in parameters.values():  # the critic's role has frozen it
+        parameter.requires_grad_(True)
+    settings = (config.optimizer, config.critic.optimizer or config.optimizer)
+    optimizers = [make_optimizer(p, s) for p, s in zip((parameters, critic_parameters), settings, strict=True)]
+    return LanguageModel(decoder, role), critic, optimizers
+
+
+def _published(config: StageConfig, phases: dict[str, Peak], fixed: Peak, bare: int, trained: int) -> int:
+    """Bytes of the finished model. Random weights under an adapter are drawn again and written beside it, which is a phase of its own."""
+    if config.model.adapter.kind == "full":
+        return bare
+    if config.model.init == "load":
+        return trained
+    phases["publish"] = fixed + Peak(weights=bare)
+    return trained + bare
 
 
 def _decoder(
