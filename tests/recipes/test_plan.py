@@ -51,9 +51,9 @@ def home(toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(home: Path, toys: Toys, stage: str, family: str, kind: str, dtype: str, states: str, recompute: str) -> list[str]:
     found = [f"model.path={home / family}", "model.init=random", f"model.dtype={dtype}", f"optimizer.states={states}"]
     found += [f"model.recompute={recompute}", f"data.train={home / TRAIN[stage]}", "data.cache=off", f"run.output={home / 'run'}-{stage}"]
-    found += ["batch.max_tokens=1000", "run.steps=6", "batch.sequences=8", *(["model.adapter.kind=lora"] if kind == "lora" else [])]
+    found += ["batch.max_tokens=1000", "run.steps=3", "batch.sequences=8", *(["model.adapter.kind=lora"] if kind == "lora" else [])]
     if stage == "ppo":
-        found += ["run.steps=2", f"reward.function={toys.data('judges.py')}:shorter", "sampling.max_new_tokens=48", "ppo.minibatches=2"]
+        found += ["run.steps=2", f"reward.function={toys.data('judges.py')}:shorter", "sampling.max_new_tokens=24", "rollout.prompts=4", "ppo.minibatches=2"]
     return found
 
 
