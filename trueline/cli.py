@@ -43,6 +43,9 @@ Settings = Annotated[
 Base = Annotated[
     str | None, typer.Option(metavar="DIR", help="Model under the adapter, when it is not where the adapter says.", show_default=False)
 ]
+Stage = Annotated[
+    str | None, typer.Option(metavar="STAGE", help="sft, reward, dpo or ppo, when the configuration's sections do not tell.")
+]
 AnyModel = Annotated[str, typer.Argument(metavar="MODEL", help="Model or adapter folder, or a hub id.", show_default=False)]
 
 
@@ -73,18 +76,25 @@ def ppo(arguments: Arguments, dry_run: DryRun = False) -> None:
 @app.command()
 def prepare(
     arguments: Arguments,
-    stage: Annotated[
-        str | None, typer.Option(metavar="STAGE", help="sft, reward, dpo or ppo, when the configuration's sections do not tell.")
-    ] = None,
+    stage: Stage = None,
 ) -> None:
     """Tokenise a stage's files ahead of training; for dpo with reference.kind: stored, also compute the reference."""
-    from trueline.config.load import told_stage
-
-    files, settings = _split(arguments)
-    name = stage or told_stage(files, settings)
-    if name not in ("sft", "reward", "dpo", "ppo"):
-        raise UserError(f"--stage {name}: expected sft, reward, dpo or ppo")
+    name = _told(arguments, stage)
     _recipe("ahead").run(name, _configuration(name, arguments))
+
+
+@app.command()
+def plan(
+    arguments: Arguments,
+    stage: Stage = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    calibration: Annotated[
+        bool, typer.Option("--calibration/--no-calibration", help="Run the fullest micro-batch for some seconds; without, no time is told.")
+    ] = True,
+) -> None:
+    """Tell the memory, disk and time of a run before it is started."""
+    name = _told(arguments, stage)
+    _recipe("plan").run(name, _configuration(name, arguments), calibration, json)
 
 
 @app.command()
@@ -204,6 +214,15 @@ def _recipe(name: str) -> Any:
 def _stage(name: str, arguments: Sequence[str], dry_run: bool) -> None:
     config = _configuration(name, arguments)  # a mistake there is told before anything large is loaded
     _recipe(name).run(config, dry_run)
+
+
+def _told(arguments: Sequence[str], stage: str | None) -> str:
+    from trueline.config.load import told_stage
+
+    name = stage or told_stage(*_split(arguments))
+    if name not in ("sft", "reward", "dpo", "ppo"):
+        raise UserError(f"--stage {name}: expected sft, reward, dpo or ppo")
+    return name
 
 
 def _configuration(stage: str, arguments: Sequence[str]) -> Any:

@@ -19,10 +19,12 @@ from trueline.config.schema import PpoStageConfig
 from trueline.data.cache import TokenPrompt
 from trueline.data.conversation import Conversation, Message, Prompt
 from trueline.parallel.world import World
+from trueline.recipes.actors import Actors
 from trueline.recipes.judges import open_reward
-from trueline.recipes.ppo import Actors, Learning, iterate
+from trueline.recipes.ppo import Learning, iterate
 from trueline.recipes.roles import Roles, open_roles
 from trueline.rollout.sampling import Rollout
+from trueline.train.budget import Budget
 from trueline.train.experience import appraise
 from trueline.train.optimizer import make_optimizer
 
@@ -98,12 +100,13 @@ def train(folder: Path, iterations: int) -> dict[str, Any]:
     prompts = [TokenPrompt(tokens, Prompt(nothing)) for tokens in draw_prompts(PPO_ANSWERS * iterations, 32_000)]
     lines = []
     with ExitStack() as stack:
-        source = (config.reward, roles.policy, roles.reward, roles.reward_opened, folder, config.batch.max_tokens)
+        budget = Budget(config.batch.max_tokens, print)
+        source = (config.reward, roles.policy, roles.reward, roles.reward_opened, folder, budget)
         reward = stack.enter_context(open_reward(*source))
         peer = folder / "peer.safetensors"
         apart = check(peer, config, roles, reward.shared) if peer.exists() else {}
         ours: Any = replace(roles, policy=Endless(roles.policy))
-        actors = Actors(config, ours, optimizers, reward, world)
+        actors = Actors(config, ours, optimizers, reward, world, budget)
         for step in range(1, iterations + 1):
             lines.append(iterate(actors, Learning(0.05), prompts, [], step, iterations)[0])
     parts = ("generate", "reward", "score", "update", "save", "idle")

@@ -12,7 +12,7 @@ import pytest
 from tests.recipes.commands import Commands, Started
 from tests.recipes.reading import metrics, records, status
 from tests.recipes.toys import KINDS, Toys
-from trueline.recipes.ppo import PARTS
+from trueline.recipes.actors import PARTS
 from trueline.train import checkpoint
 
 LORA = KINDS["lora"]

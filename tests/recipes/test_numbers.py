@@ -1,6 +1,7 @@
 """Numbers that a change must not move unseen, and the whole chain from SFT to an answer."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,11 +81,18 @@ def test_a_weight_on_the_chosen_answers_likelihood(toys: Toys, trueline: Command
 
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_recompute_changes_nothing_but_memory(toys: Toys, trueline: Commands, tmp_path: Path, stage: str) -> None:
-    for name in ("true", "false"):
-        dropout = ["model.adapter.dropout=0.2"] if stage == "sft" else []
-        settings = [f"run.output={tmp_path / name}", f"model.recompute={name}", *KINDS["lora"], *dropout]
-        trueline(stage, toys.config(stage), *settings).ok()
-    weights = {(tmp_path / name / "model" / "adapter_model.safetensors").read_bytes() for name in ("true", "false")}
+    """None, all, and what `auto` chooses with little memory; also when a run goes on with less memory than it began with."""
+    dropout = ["model.adapter.dropout=0.2"] if stage == "sft" else []
+    ways = {"none": ["false"], "all": ["true"], "auto": ["auto"], "short": ["auto", "batch.memory=1"]}
+    said = {}
+    for name, (recompute, *memory) in ways.items():
+        settings = [f"run.output={tmp_path / name}", f"model.recompute={recompute}", *memory, *KINDS["lora"], *dropout]
+        said[name] = trueline(stage, toys.config(stage), *settings).ok().out
+    assert "auto recomputes 0 of 2 layers" in said["auto"] and "auto recomputes 2 of 2 layers" in said["short"]
+    shutil.rmtree(tmp_path / "auto" / "checkpoints" / "step-000002")
+    again = trueline(stage, toys.config(stage), f"run.output={tmp_path / 'auto'}", "batch.memory=1", *KINDS["lora"], *dropout).ok().out
+    assert "going on from" in again and "auto recomputes 2 of 2 layers" in again
+    weights = {(tmp_path / name / "model" / "adapter_model.safetensors").read_bytes() for name in ways}
     assert len(weights) == 1
 
 

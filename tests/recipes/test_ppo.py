@@ -17,12 +17,16 @@ from trueline.config.schema import PpoStageConfig
 from trueline.data.sample import Sample
 from trueline.model.batch import pack
 from trueline.parallel.world import World
+from trueline.recipes import actors as ppo
+from trueline.recipes.actors import PARTS, Actors, PolicyBatch, burn_in, count_policy, policy_objective
 from trueline.recipes.judges import Reward
-from trueline.recipes.ppo import PARTS, Actors, PolicyBatch, count_policy, policy_objective, replay
+from trueline.recipes.ppo import replay
 from trueline.recipes.prepare import prompt_tokens, ptx_samples
 from trueline.recipes.roles import open_roles
+from trueline.train.budget import Budget
 from trueline.train.experience import appraise, pack_experience
 from trueline.train.losses import adaptive_kl
+from trueline.train.optimizer import make_optimizer
 from trueline.train.step import count_items, sum_loss
 
 
@@ -198,7 +202,7 @@ def test_the_supervised_mix_adds_its_gradient(toys: Toys, tmp_path: Path) -> Non
     model, opened = roles.model, roles.policy
     prompts = prompt_tokens(config.data, opened.folder.family, opened.text(), 8, 0).train[:4]
     mixed = pack(ptx_samples(config.data, opened.folder.family, opened.text(), 0).train[:3])
-    actors = Actors(config, roles, {}, Reward(lambda rollouts, asked: [0.0] * len(rollouts), lambda scores: scores), World())
+    actors = Actors(config, roles, {}, NOTHING, World(), Budget(8192, print))
     rollouts = actors.answer(prompts, [1, 2, 3, 4]).rollouts
     seen, _ = appraise(
         rollouts, [0.0, 1.0, 2.0, 3.0], model, roles.reference, roles.critic,
@@ -219,6 +223,72 @@ def test_the_supervised_mix_adds_its_gradient(toys: Toys, tmp_path: Path) -> Non
     supervised = gradient(-model(mixed)[mixed.trained].mean())
     torch.testing.assert_close(together, policy + 0.3 * supervised, rtol=0, atol=1e-12)
     assert supervised.norm() > 0.1 and policy.norm() > 0.1
+
+
+NOTHING = Reward(lambda rollouts, asked: [0.0] * len(rollouts), lambda scores: scores)
+
+
+def actors_of(config: PpoStageConfig, said: list[str]) -> Actors:
+    roles = open_roles(config)
+    parameters = {"policy": roles.policy_parameters, "critic": roles.critic_parameters}
+    optimizers = {name: make_optimizer(trained, config.optimizer) for name, trained in parameters.items()}
+    return Actors(config, roles, optimizers, NOTHING, World(), Budget(config.batch.max_tokens, said.append))
+
+
+def hold_at_most(actors: Actors, tokens: int) -> None:
+    """The machine has room for so many tokens in a forward pass."""
+
+    def refuse(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        if len(arguments[0].tokens) > tokens:
+            raise MemoryError
+
+    for module in (actors.roles.model, actors.roles.critic):
+        module.register_forward_pre_hook(refuse)
+
+
+def test_a_step_in_smaller_micro_batches_is_the_same_step(toys: Toys, tmp_path: Path) -> None:
+    """Scores and updates on a machine that holds 40 tokens, against one that holds them all."""
+    config = config_of(toys, tmp_path, ppo={"ptx_coefficient": 0.3}, data={"ptx": [str(toys.data("messages.jsonl"))]})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float64"})})
+    weights, lines = [], []
+    for tokens in (10_000, 40):
+        said: list[str] = []
+        actors = actors_of(config, said)
+        opened = actors.roles.policy
+        prompts = prompt_tokens(config.data, opened.folder.family, opened.text(), 8, 0).train[:6]
+        mixed = list(ptx_samples(config.data, opened.folder.family, opened.text(), 0).train[:3])
+        rollouts = actors.answer(prompts, list(range(6))).rollouts
+        hold_at_most(actors, tokens)
+        sizes = [len(r.prompt) + len(r.tokens) for r in rollouts]
+        experience, _ = actors.budget.fit(sizes, lambda n, a=actors, r=rollouts: a.appraise(r, [0.5, 1.0, 2.0, 3.0, 4.0, 5.0], 0.1, n))
+        actors.update(experience, mixed, 1, 0, 10)
+        weights.append({name: p.detach() for name, p in (actors.roles.policy_parameters | actors.roles.critic_parameters).items()})
+        lines.append(said)
+    assert lines[0] == [] and lines[1] and all("out of memory with" in line and "same loss" in line for line in lines[1])
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=0, atol=1e-9)
+
+
+def test_burn_in_rehearses_the_longest_answers_there_can_be(toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ppo, "TRIVIAL", 1)
+    config = config_of(toys, tmp_path, sampling={"max_new_tokens": 30}, batch={"max_tokens": 200})
+    said: list[str] = []
+    actors = actors_of(config, said)
+    opened = actors.roles.policy
+    prompts = prompt_tokens(config.data, opened.folder.family, opened.text(), 30, 0).train
+    before = {name: p.detach().clone() for name, p in actors.roles.policy_parameters.items()}
+    sizes: list[int] = []
+    for module in (actors.roles.model, actors.roles.critic):
+        module.register_forward_pre_hook(lambda module, arguments: sizes.append(len(arguments[0].tokens)))
+    hold_at_most(actors, 120)
+    burn_in(actors, prompts, [])
+    longest = sorted((len(p) + 30 for p in prompts), reverse=True)
+    assert max(sizes) > 120 and longest[0] <= sizes[-1] <= 120 and actors.budget.tokens <= 120
+    assert [line.split(";")[0] for line in said[:1]] == ["model.recompute: auto recomputes 0 of 2 layers"]
+    assert "recomputing all layers from now on (model.recompute), same loss" in said[2]
+    assert all("going on with" in line for line in said[3:]) and len(said) > 3
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in actors.roles.policy_parameters.items())
+    assert not actors.optimizers["policy"].state() and not actors.optimizers["critic"].state()
 
 
 def test_the_mix_is_logged_and_counts(loop: Loop, toys: Toys) -> None:

@@ -23,7 +23,7 @@ from tests.recipes.toys import FAMILIES, KINDS, SIZES, STAGES, WHOLE, Toys
 from tests.reference_chatglm import read_reference
 from trueline.config.load import load_config
 from trueline.config.schema import STAGES as SCHEMAS
-from trueline.recipes.ppo import PARTS
+from trueline.recipes.actors import PARTS
 from trueline.train import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -1,14 +1,19 @@
 """Running out of memory: smaller micro-batches, the same update, and a sentence when nothing helps. The allocator fails above N tokens."""
 
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from trueline.config.schema import OptimizerConfig
+from trueline.config.schema import AdapterConfig, OptimizerConfig
+from trueline.data.sample import Sample
 from trueline.data.stream import plan
 from trueline.errors import RunError
+from trueline.model.adapters import add_adapter, trainable
+from trueline.model.batch import pack
+from trueline.model.decoder import Decoder, DecoderConfig
 from trueline.parallel.world import World
-from trueline.train.budget import Budget
+from trueline.train.budget import Budget, choose_recompute, layers_to_recompute, recompute_all
 from trueline.train.optimizer import Optimizer
 from trueline.train.step import Losses, Totals, train_step
 
@@ -66,3 +71,68 @@ def test_other_errors_are_not_taken_for_it() -> None:
 def test_the_smaller_budget_stays() -> None:
     budget = Budget(8, print)
     assert budget.room([3]) == 8 and budget.room([9]) == 9  # an item is never cut
+
+
+SIZES = DecoderConfig(vocab_size=50, hidden_size=16, num_layers=6, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=20, qkv_bias=False)
+BATCH = pack([Sample([1] * 40, [False] + [True] * 39), Sample([2] * 24, [False] + [True] * 23)])  # 64 tokens
+
+
+def layer_bytes_by_hand(tokens: int) -> int:
+    """float32, all weights trained: two norms (input, scaled, with weights, one number per token), rotated q, k, v, the attention's
+    output twice (as it is, and laid end to end) and one number per head, and four of the MLP's width."""
+    norms = 2 * (3 * 16 + 1)
+    attention = 16 + 8 + 8 + 16 + 16 + 4
+    return tokens * 4 * (norms + attention + 4 * 20)
+
+
+def test_what_a_layer_keeps_is_counted_on_the_layer() -> None:
+    decoder = Decoder(SIZES)
+    kept, again = decoder.layer_memory(BATCH.tokens, BATCH.layout)
+    assert again == 64 * 16 * 4
+    assert kept == pytest.approx(layer_bytes_by_hand(64), rel=0.02)
+    trainable(decoder, None, "full")
+    add_adapter(decoder, "policy", AdapterConfig(kind="lora", rank=2), 0)
+    frozen = decoder.requires_grad_(False).layer_memory(BATCH.tokens, BATCH.layout, None)[0]
+    assert frozen < 0.8 * kept  # what only a weight's gradient needs is not kept
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(7, 0), (6.999, 1), (5, 3), (1, 6), (0, 6)])
+def test_memory_decides_how_many_layers_are_recomputed(layers: float, expected: int) -> None:
+    """`batch.memory` with room for so many layers' activations, one of which is for the layer at work."""
+    decoder = Decoder(SIZES)
+    optimizer = Optimizer(dict(decoder.named_parameters()), OptimizerConfig())
+    weights = sum(p.numel() for p in decoder.parameters())
+    kept, again = decoder.layer_memory(BATCH.tokens, BATCH.layout)
+    assert layers_to_recompute(7 * kept - 2 * (kept - again), 6, kept, again) == 2
+    rest = 4 * weights + 8 * weights + 4 * len(optimizer.parameters) + 64 * 50 * 8  # gradients, moments and steps, logits
+    said = choose_recompute(decoder, None, BATCH, 64, [optimizer], int(rest + layers * kept))
+    assert decoder.recompute == expected
+    assert said.startswith(f"model.recompute: auto recomputes {expected} of 6 layers; activations of 6 layers take 0.00 GB")
+
+
+def test_states_that_are_there_are_not_counted_again() -> None:
+    """What a run that goes on chooses is what it chose, for what the device has free is then less by the states."""
+    decoder = Decoder(SIZES).to(torch.bfloat16)
+    optimizer = Optimizer(dict(decoder.named_parameters()), OptimizerConfig())
+    gradients, states = optimizer.memory()
+    weights = sum(p.numel() for p in decoder.parameters())
+    assert gradients == 6 * weights and states == 12 * weights + 4 * len(optimizer.parameters)
+    for parameter in optimizer.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.collect()
+    optimizer.step(0.1)
+    assert sum(x.nbytes for x in optimizer.state().values()) == states
+
+
+def test_all_layers_are_recomputed_before_a_micro_batch_is_halved() -> None:
+    decoder, said, tried = Decoder(SIZES), [], []
+
+    def attempt(tokens: int) -> int:
+        tried.append((tokens, decoder.recompute))
+        if len(tried) < 3:
+            raise failure("cpu")
+        return tokens
+
+    assert Budget(32, said.append, lambda: recompute_all([decoder])).fit(LENGTHS, attempt) == 15
+    assert tried == [(32, 0), (32, 6), (15, 6)]
+    assert said[0] == "out of memory with 30 tokens in a micro-batch; recomputing all layers from now on (model.recompute), same loss"

@@ -30,8 +30,9 @@ class ModelConfig(Config):
     """Number format of the weights; auto: bfloat16 on an accelerator, and to train (not in ppo) on a CPU with AMX from width 256 on."""
     adapter: AdapterConfig = AdapterConfig()
     """What is trained."""
-    recompute: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations: less memory, about a third more time."""
+    recompute: Literal["auto"] | bool = "auto"
+    """Recompute layers in the backward pass instead of keeping their activations: less memory, up to a third more time; true: all layers;
+    auto: as many as the free memory asks for, which is measured before the first step."""
 
 
 class DataConfig(Config):
@@ -73,6 +74,8 @@ class BatchConfig(Config):
     """Samples (SFT) or pairs (reward, DPO) per optimizer step, over all ranks."""
     max_tokens: int = Field(8192, ge=8)
     """Tokens per packed micro-batch; any value gives the same gradients, it bounds memory."""
+    memory: int | None = Field(None, ge=1)
+    """Bytes that model.recompute: auto counts on, for all that training adds to the weights; none: what the device has free."""
 
 
 class OptimizerConfig(Config):

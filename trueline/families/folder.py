@@ -94,10 +94,10 @@ def load_decoder(folder: ModelFolder, dtype: torch.dtype, device: torch.device |
 
     A classifier has no vocabulary head, so neither has its decoder. Everything that does not fit is one UserError.
     """
-    decoder = _hollow_decoder(folder, with_head)
+    decoder = hollow_decoder(folder, with_head)
     slots = weight_slots(decoder, folder.family)
     _check_weights(folder, slots)
-    _materialise(decoder, dtype, device)
+    materialise(decoder, dtype, device)
     slots = weight_slots(decoder, folder.family)
     spare, head = None, _head_name(folder.family)
     with torch.no_grad():
@@ -120,8 +120,8 @@ def load_decoder(folder: ModelFolder, dtype: torch.dtype, device: torch.device |
 
 def random_decoder(folder: ModelFolder, dtype: torch.dtype, seed: int, with_head: bool = True) -> Decoder:
     """A decoder of the folder's sizes with random weights on the CPU; one seed is one model, whatever the dtype and the head."""
-    decoder = _hollow_decoder(folder, with_head)
-    _materialise(decoder, dtype, "cpu")
+    decoder = hollow_decoder(folder, with_head)
+    materialise(decoder, dtype, "cpu")
     init_weights(decoder, torch.Generator().manual_seed(seed))
     return decoder
 
@@ -165,13 +165,13 @@ def _rows(family: Family, layers: int) -> Iterator[tuple[Weight, int]]:
             yield from ((weight, layer) for weight in block)
 
 
-def _hollow_decoder(folder: ModelFolder, with_head: bool) -> Decoder:
+def hollow_decoder(folder: ModelFolder, with_head: bool) -> Decoder:
     """Shapes without memory."""
     with torch.device("meta"):
         return Decoder(folder.decoder_config, with_head and folder.kind == "causal")
 
 
-def _materialise(decoder: Decoder, dtype: torch.dtype, device: torch.device | str) -> None:
+def materialise(decoder: Decoder, dtype: torch.dtype, device: torch.device | str) -> None:
     """Gives every parameter its memory, uninitialised. Module.to_empty would give a tied head memory of its own."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in decoder.modules():

@@ -233,7 +233,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, with_head: bool = True):
         super().__init__()
         self.config = config
-        self.recompute = False
+        self.recompute = 0  # so many of the first layers are run again in the backward pass, in place of keeping their activations
         self.embed = embedding(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = make_norm(config)
@@ -244,17 +244,47 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
         """Hidden states `[T, D]` of packed `tokens` `[T]` (or of their embeddings `[T, D]`), after the final norm."""
-        if role is not None and role in self.prefixes:
-            prefix = self.prefixes[role]
-            layout = Prefixed(layout, prefix.keys, prefix.values, self.config.prefix_shifts)  # type: ignore[arg-type]
+        layout = self._seen(layout, role)
         turn = rotation(layout.positions, self.config)
         x = self.embed(tokens) if tokens.dim() == 1 else tokens
-        for layer in self.layers:
-            if self.recompute and torch.is_grad_enabled():
+        for i, layer in enumerate(self.layers):
+            if i < self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, layout, turn, role, use_reentrant=False)
             else:
                 x = layer(x, layout, turn, role)
         return self.norm(x)
+
+    def layer_memory(self, tokens: Tensor, layout: Layout, role: str | None = None) -> tuple[int, int]:
+        """Bytes that one layer keeps of packed `tokens` for its backward pass, and how many when it is recomputed.
+
+        Measured on the layers themselves: on one of each window, and the largest counts.
+        """
+        layout = self._seen(layout, role)
+        turn = rotation(layout.positions, self.config)
+        known = {x.untyped_storage()._cdata for x in (*self.parameters(), *turn)}
+        x = self.embed(tokens).detach().requires_grad_()
+        most = 0
+        for layer in {cast(Block, layer).attention.window: layer for layer in self.layers}.values():
+            kept: dict[int, int] = {}
+
+            def note(saved: Tensor, kept: dict[int, int] = kept) -> Tensor:
+                storage = saved.untyped_storage()
+                if storage._cdata not in known:
+                    kept[storage._cdata] = storage.nbytes()
+                return saved
+
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+                held = layer(x, layout, turn, role)  # held until the count is done, so that no memory is used twice
+            most = max(most, sum(kept.values()))
+            del held
+        return most, x.untyped_storage().nbytes()
+
+    def _seen(self, layout: Layout, role: str | None) -> Layout:
+        """`layout` with the prefix that `role` has."""
+        if role is None or role not in self.prefixes:
+            return layout
+        prefix = cast(Prefix, self.prefixes[role])
+        return Prefixed(layout, prefix.keys, prefix.values, self.config.prefix_shifts)
 
 
 @torch.no_grad()

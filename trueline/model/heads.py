@@ -111,11 +111,16 @@ class _Gradients:
         return hidden, None if weight is None else weight.to(self.dtype)
 
 
+def chunk_rows(states: Tensor) -> int:
+    """Rows of logits alive at once for states `[T, D]`, or for a head's weight `[V, D]` of their format."""
+    if states.device.type != "cpu":
+        return CHUNK
+    return min(CHUNK, (NARROW if states.shape[1] <= NARROW else CPU_CHUNK) * (2 if states.itemsize == 2 else 1))
+
+
 def _chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of `hidden`, their logits and the columns' rows, so many at a time as the logits of are held: all in the same memory."""
-    size = CHUNK
-    if hidden.device.type == "cpu":
-        size = min(CHUNK, (NARROW if hidden.shape[1] <= NARROW else CPU_CHUNK) * (2 if hidden.itemsize == 2 else 1))
+    size = chunk_rows(hidden)
     room = hidden.new_empty(min(size, len(hidden)), len(weight))
     for rows, *others in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
         yield rows, torch.mm(rows, weight.T, out=room[: len(rows)]), *others

@@ -1,7 +1,6 @@
 """Who takes part in a run. One rule: a world of one needs no launcher, and asks nothing of torch.distributed."""
 
 import os
-import resource
 from dataclasses import dataclass
 
 import torch
@@ -69,13 +68,6 @@ def fast_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in its own tiles (AMX) and torch uses them."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # torch's own test, without a public name
     return supported is not None and bool(supported()) and torch.backends.mkldnn.is_available()
-
-
-def peak_memory_mb(device: torch.device | None = None) -> float:
-    """Most memory so far, in MiB: of an accelerator what its allocator held, otherwise this process's largest resident set."""
-    if device is not None and device.type != "cpu":
-        return torch.accelerator.max_memory_reserved(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def stop(world: World) -> None:

@@ -92,7 +92,7 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True) -> Opened
         raise UserError(f"model.init: random makes no sense for the adapter folder {path}; point model.path at a model folder")
     else:
         decoder, score = random_decoder(folder, dtype, drawn, with_head=with_head).to(device), None
-    decoder.recompute = config.recompute
+    decoder.recompute = len(decoder.layers) if config.recompute is True else 0  # auto: chosen when the batches are known
     found = None
     if adapted:
         recorded = adapter_base(path)[1]
@@ -137,9 +137,14 @@ def settle_dtype(config: C) -> C:
     dtype = saved_settings(config.run.output / CONFIG).get("model.dtype")
     if dtype not in DTYPES:
         device = find_device()
-        wide = open_folder(_places(config.model)[3]).decoder_config.hidden_size >= WIDE
+        wide = base_folder(config.model).decoder_config.hidden_size >= WIDE
         dtype = "bfloat16" if device.type != "cpu" or wide and fast_bfloat16() else "float32"
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+
+
+def base_folder(config: ModelConfig) -> ModelFolder:
+    """The model that is opened, or an adapter's base, without its weights."""
+    return open_folder(_places(config)[3], config.template)
 
 
 def open_text(config: ModelConfig) -> tuple[Family, Tokenizer]:

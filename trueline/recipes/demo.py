@@ -17,7 +17,7 @@ from rich.table import Table
 
 from trueline.config.load import from_any, save_config
 from trueline.config.schema import STAGES, Config
-from trueline.parallel.world import peak_memory_mb
+from trueline.parallel.memory import peak_memory_mb
 from trueline.recipes import dpo, evaluate, ppo, reward, sft
 from trueline.recipes.demo_data import DemoFiles, write_demo
 from trueline.recipes.demo_grammar import correct, preferred

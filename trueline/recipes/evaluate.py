@@ -34,6 +34,7 @@ from trueline.recipes.report import run_report
 from trueline.recipes.reward import count_pairs, ranking_objective
 from trueline.recipes.sft import count_tokens, sft_objective
 from trueline.rollout.sampling import Rollout
+from trueline.train.budget import Budget
 from trueline.train.run import Run
 
 Judged = tuple[Scorer | None, Opened | None]
@@ -118,7 +119,7 @@ def open_score(config: EvaluateConfig, policy: Opened | None, judge: Judged) -> 
     if config.reward is None:
         yield None
         return
-    with open_reward(config.reward, policy, *judge, config.run.output, config.batch.max_tokens) as score:
+    with open_reward(config.reward, policy, *judge, config.run.output, Budget(config.batch.max_tokens, print)) as score:
         yield score
 
 

@@ -6,11 +6,12 @@ What a step trains on is a pure function of (seed, step), so a resumed run goes 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,11 +21,12 @@ from trueline.data.cache import items_fingerprint, lengths
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.errors import UserError
+from trueline.model.batch import Batch
 from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import Opened, publish
 from trueline.recipes.report import run_report
 from trueline.train import checkpoint
-from trueline.train.budget import Budget
+from trueline.train.budget import Budget, choose_recompute, recompute_all
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
 from trueline.train.run import Run
 from trueline.train.step import Count, Objective, accumulate, count_items, evaluate, train_step
@@ -97,6 +99,9 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
         limit = None if config.run.epochs is None else total_samples(count, config.run.epochs)
         module.train()
         budget, say_once = Budget(config.batch.max_tokens, run.say), cache(run.say)
+        if config.model.recompute == "auto":
+            run.say(settle_recompute(stage, task, optimizer, world))
+            budget.relieve = partial(recompute_all, [stage.opened.decoder])
         burn_in(task, optimizer, budget, config.batch.sequences, world)
         for step in range(done + 1, total + 1):
             began = time.perf_counter()
@@ -136,13 +141,27 @@ def _packed(task: Task[T, B], items: Sequence[T], max_tokens: int, world: World)
     return (task.pack([items[i] for i in indices]).to(world.device) for indices in planned if indices)
 
 
+def settle_recompute(stage: Stage, task: Task[T, B], optimizer: Optimizer, world: World) -> str:
+    """Chooses for the fullest micro-batch that a step can have; it may be of other records than the longest, which are measured."""
+    batch, items = stage.config.batch, longest_items(task, stage.config.batch.sequences)
+    fullest = cast(Any, micro_batches(task, items, batch.max_tokens, world)[0])
+    tokens = min(batch.max_tokens, sum(len(item) for item in items))
+    packed: Batch = getattr(fullest, "batch", fullest)
+    return choose_recompute(stage.opened.decoder, stage.role, packed, tokens, [optimizer], batch.memory)
+
+
+def longest_items(task: Task[T, B], sequences: int) -> list[T]:
+    order = np.argsort(-lengths(task.items), kind="stable")[:sequences]
+    return [task.items[int(i)] for i in order]
+
+
 def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: int, world: World) -> None:
     """One forward and backward pass over the fullest micro-batch a step can have, without an update: memory runs out now or not at all.
 
     Nothing is kept of it: every step seeds its own draws. The optimizer's moments come with the first update, and are not rehearsed.
     """
-    items = sorted(task.items, key=len, reverse=True)[:sequences]
-    lengths = [len(item) for item in items]
+    items = longest_items(task, sequences)
+    sizes = [len(item) for item in items]
 
     def rehearse(tokens: int) -> None:
         batches = list(islice(_packed(task, items, tokens, world), 2))
@@ -152,8 +171,8 @@ def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: i
             accumulate(optimizer, batches, task.objective, task.count, world, 0, drop)
         optimizer.clear()
 
-    if min(budget.room(lengths), sum(lengths)) >= TRIVIAL:
-        budget.fit(lengths, rehearse)
+    if min(budget.room(sizes), sum(sizes)) >= TRIVIAL:
+        budget.fit(sizes, rehearse)
 
 
 def held_out_values(task: Task[T, B], module: nn.Module, max_tokens: int, world: World) -> dict[str, float]:

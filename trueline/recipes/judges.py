@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trueline.recipes.assemble import Opened, make_scorer, open_model
 from trueline.recipes.generate import line_of
 from trueline.recipes.measures import matches, references
 from trueline.rollout.sampling import Rollout
+from trueline.train.budget import Budget
 from trueline.train.experience import ModelScores
 from trueline.train.judge import Judge
 
@@ -70,7 +72,7 @@ def needed_score(score: Tensor | None, path: Path) -> Tensor:
 
 @contextmanager
 def open_reward(
-    config: RewardSourceConfig, policy: Opened | None, scorer: Scorer | None, own: Opened | None, folder: Path, max_tokens: int
+    config: RewardSourceConfig, policy: Opened | None, scorer: Scorer | None, own: Opened | None, folder: Path, budget: Budget
 ) -> Iterator[Reward]:
     """The scores `config` asks for, scaled and clipped. `scorer` (a reward model) may have its `own` folder, and so its own template;
     without a `policy` (answers from a file) it is the one that is used."""
@@ -83,7 +85,7 @@ def open_reward(
         render = _renderer(policy, own)
         yield Reward(
             lambda rollouts, prompts: [render(r, p) for r, p in zip(rollouts, prompts, strict=True)],
-            lambda samples: finish(score_samples(scorer, samples, max_tokens)),
+            lambda samples: finish(score_samples(scorer, samples, budget)),
             ModelScores(scorer, finish) if _reads_the_answer(policy, own) else None,
         )
         return
@@ -145,12 +147,16 @@ def _translated(rollout: Rollout, prompt: TokenPrompt, family: Family, tokenizer
     return family.render(replace(conversation, messages=(*conversation.messages, answer)), tokenizer, last_only=True)
 
 
-@torch.no_grad()
-def score_samples(scorer: Scorer, samples: Sequence[Sample], max_tokens: int) -> list[float]:
+def score_samples(scorer: Scorer, samples: Sequence[Sample], budget: Budget) -> list[float]:
     """The score of each sample's last token."""
+    return budget.fit([len(s) for s in samples], partial(_score, scorer, samples))
+
+
+@torch.no_grad()
+def _score(scorer: Scorer, samples: Sequence[Sample], max_tokens: int) -> list[float]:
     place = scorer.score.weight.device
     scores = [0.0] * len(samples)
-    for indices in plan([len(s) for s in samples], max(max_tokens, *(len(s) for s in samples)))[0]:
+    for indices in plan([len(s) for s in samples], max_tokens)[0]:
         batch = pack([samples[i] for i in indices]).to(place)
         for i, value in zip(indices, scorer(batch)[batch.ends()].tolist(), strict=True):
             scores[i] = value

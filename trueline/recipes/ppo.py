@@ -8,48 +8,30 @@ Left out: entropy bonus, several ranks, rollouts that run beside training.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from trueline.config.load import to_yaml
-from trueline.config.schema import OptimizerConfig, PpoConfig, PpoStageConfig
+from trueline.config.schema import PpoConfig, PpoStageConfig
 from trueline.data.cache import TokenPrompt, items_fingerprint, lengths
 from trueline.data.sample import Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
-from trueline.model.batch import Batch, pack
-from trueline.model.heads import LanguageModel, Scorer, values_before
-from trueline.parallel.world import World, peak_memory_mb, start_alone
+from trueline.parallel.memory import peak_memory_mb
+from trueline.parallel.world import start_alone
+from trueline.recipes.actors import Actors, Clock, burn_in
 from trueline.recipes.assemble import publish
 from trueline.recipes.fit import resume, save, show_plan
-from trueline.recipes.generate import sampling_of
-from trueline.recipes.judges import Reward, open_reward, sample_line
+from trueline.recipes.judges import open_reward, sample_line
 from trueline.recipes.prepare import prompt_tokens, ptx_samples
 from trueline.recipes.report import run_report
 from trueline.recipes.roles import Roles, open_roles, parents
-from trueline.rollout.engine import Engine
-from trueline.rollout.sampling import Rollout
-from trueline.train.beside import Beside
-from trueline.train.experience import Experience, ExperienceBatch, appraise, pack_experience, rollout_suffices
-from trueline.train.losses import adaptive_kl, kl, ppo_clipped, ppo_policy_loss, ppo_value_loss, sft_loss
-from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
+from trueline.train.budget import Budget
+from trueline.train.experience import Experience, rollout_suffices
+from trueline.train.losses import adaptive_kl
+from trueline.train.optimizer import make_optimizer
 from trueline.train.run import Run
-from trueline.train.step import Count, Losses, Objective, Totals, train_step
-
-
-@dataclass(frozen=True)
-class PolicyBatch:
-    """What one policy micro-batch learns from: rollouts, or supervised samples of the pretraining mix."""
-
-    experience: ExperienceBatch | None
-    ptx: Batch | None = None
-
-    @property
-    def batch(self) -> Batch | None:
-        """Its tokens, for the report on a step that went wrong."""
-        return self.ptx if self.experience is None else self.experience.batch
 
 
 @dataclass
@@ -69,165 +51,6 @@ class Learning:
         """`drift`: KL to the reference, in nats per answer."""
         if ppo.kl_target is not None:
             self.kl_coefficient = adaptive_kl(self.kl_coefficient, drift, ppo.kl_target, ppo.kl_horizon, answers)
-
-
-PARTS = ("generate", "reward", "score", "update", "save", "idle")
-
-
-class Clock:
-    """Seconds by what they were spent on, since the last reading. Nothing falls between the parts: they add up to the time on the wall."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-        self.spent = dict.fromkeys(PARTS, 0.0)
-
-    def lap(self, part: str) -> None:
-        """What has passed since the last lap was spent on `part`."""
-        now = time.perf_counter()
-        self.spent[part] += now - self.last
-        self.last = now
-
-    def skip(self) -> None:
-        """What has passed since the last lap is counted elsewhere."""
-        self.last = time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        """A metric for each part; all are zero again afterwards."""
-        self.lap("idle")
-        found, self.spent = {f"{part}_seconds": seconds for part, seconds in self.spent.items()}, dict.fromkeys(PARTS, 0.0)
-        return found
-
-
-@dataclass(frozen=True)
-class Answers:
-    """One answer to each prompt, with its text; what the reward made of them so far, and how many seconds that took beside generation."""
-
-    rollouts: list[Rollout]
-    prepared: list[Any]
-    overlapped: float
-
-
-@dataclass(frozen=True)
-class Actors:
-    """Those who act in every iteration."""
-
-    config: PpoStageConfig
-    roles: Roles
-    optimizers: dict[str, Optimizer]
-    reward: Reward
-    world: World
-    clock: Clock = field(default_factory=Clock)
-
-    def answer(self, prompts: Sequence[TokenPrompt], seeds: Sequence[int], samples: int = 1) -> Answers:
-        """One answer to each prompt by the policy as it is now: the engine runs the very weights that are trained.
-
-        With `reward.overlap` the reward works on the answers to a prompt (`samples` neighbours) once they have ended, while others go on.
-        """
-        config, opened = self.config, self.roles.policy
-        found: dict[int, Rollout] = {}
-
-        def work(indices: list[int]) -> list[tuple[Rollout, Any]]:
-            rollouts = [replace(found[i], text=opened.text().decode(found[i].tokens)) for i in indices]
-            return list(zip(rollouts, self.reward.prepare(rollouts, [prompts[i] for i in indices]), strict=True))
-
-        rollout = config.rollout
-        engine = Engine(self.roles.model, rollout.running, None if rollout.memory is None else int(rollout.memory * 2**30), rollout.packed)
-        self.clock.lap("idle")
-        with Beside(work, len(prompts), samples if config.reward.overlap else len(prompts)) as beside:
-
-            def finished(i: int, rollout: Rollout) -> None:
-                found[i] = rollout
-                beside.done(i)
-
-            with engine.hold():
-                engine.generate([p.tokens for p in prompts], sampling_of(config.sampling, opened), seeds, finished)
-            self.clock.lap("generate")
-            rollouts, prepared = zip(*beside.results(), strict=True)
-        waited = time.perf_counter() - self.clock.last
-        self.clock.lap("reward")
-        return Answers(list(rollouts), list(prepared), max(beside.seconds - waited, 0.0))
-
-    def update(self, chosen: Sequence[Experience], mixed: Sequence[Sample], step: int, number: int, total: int) -> dict[str, float]:
-        """Update `number` of `total`, of the policy and then of the critic."""
-        config = self.config
-        place = self.world.device
-        groups = [[chosen[i] for i in indices] for indices in plan([len(e) for e in chosen], config.batch.max_tokens)[0] if indices]
-        packed = [pack_experience(group).to(place) for group in groups]
-        policy = [PolicyBatch(e) for e in packed]
-        for indices in plan([len(s) for s in mixed], config.batch.max_tokens)[0] if mixed else []:
-            policy.append(PolicyBatch(None, pack([mixed[i] for i in indices]).to(place)))
-        objective = policy_objective(self.roles.model, config.ppo, config.sampling.temperature)
-        values = self._step("policy", config.optimizer, policy, objective, count_policy, step, number, total)
-        settings = config.critic.optimizer or config.optimizer
-        critic = self._step("critic", settings, packed, value_objective(self.roles.critic, config.ppo), count_values, step, number, total)
-        return values | {"value_loss": critic["loss"]} | {f"critic_{name}": critic[name] for name in ("grad_norm", "lr")}
-
-    def _step(
-        self,
-        who: str,
-        settings: OptimizerConfig,
-        batches: Sequence[Any],
-        objective: Objective[Any],
-        count: Count[Any],
-        step: int,
-        number: int,
-        total: int,
-    ) -> dict[str, float]:
-        rate = learning_rate(number, total, settings)
-        values = train_step(
-            self.optimizers[who],
-            batches,
-            objective,
-            count,
-            world=self.world,
-            max_norm=settings.max_norm,
-            lr=rate,
-            step=step,
-            seed=key(self.config.run.seed, who, number),
-        )
-        return values | {"lr": rate}
-
-
-def policy_objective(model: LanguageModel, ppo: PpoConfig, temperature: float) -> Callable[[PolicyBatch], tuple[Losses, Totals]]:
-    """Clipped policy loss per answer token, plus `ptx_coefficient` times the supervised loss per trained token of the mix."""
-
-    def objective(item: PolicyBatch) -> tuple[Losses, Totals]:
-        if item.ptx is not None:
-            loss = sft_loss(model(item.ptx), item.ptx.trained).sum()
-            return {"ptx tokens": ppo.ptx_coefficient * loss}, {"ptx_loss": (loss, item.ptx.trained.sum())}
-        seen = item.experience
-        assert seen is not None
-        trained = seen.batch.trained
-        tokens = trained.sum()
-        logprobs = model(seen.batch, temperature)
-        total = (ppo_policy_loss(logprobs, seen.logprobs, seen.advantages, ppo.clip) * trained).sum()
-        clipped = (ppo_clipped(logprobs, seen.logprobs, seen.advantages, ppo.clip) & trained).sum()
-        drift = (kl(seen.logprobs, logprobs) * trained).sum()
-        return {"tokens": total}, {"policy_loss": (total, tokens), "clip_fraction": (clipped, tokens), "policy_kl": (drift, tokens)}
-
-    return objective
-
-
-def value_objective(critic: Scorer, ppo: PpoConfig) -> Callable[[ExperienceBatch], tuple[Losses, Totals]]:
-    """Clipped value loss per answer token."""
-
-    def objective(seen: ExperienceBatch) -> tuple[Losses, Totals]:
-        values = values_before(critic(seen.batch), seen.batch)
-        total = (ppo_value_loss(values, seen.values, seen.returns, ppo.value_clip) * seen.batch.trained).sum()
-        return {"tokens": total}, {}
-
-    return objective
-
-
-def count_policy(item: PolicyBatch) -> Mapping[str, Tensor]:
-    if item.ptx is not None:
-        return {"ptx tokens": item.ptx.trained.sum()}
-    assert item.experience is not None
-    return {"tokens": item.experience.batch.trained.sum()}
-
-
-def count_values(seen: ExperienceBatch) -> Mapping[str, Tensor]:
-    return {"tokens": seen.batch.trained.sum()}
 
 
 def run(config: PpoStageConfig, dry_run: bool = False) -> None:
@@ -254,7 +77,8 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     order: dict[str, Any] = {"seed": config.run.seed, "model": roles.policy.fingerprint}
     order |= {"rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
     order |= {"data": items_fingerprint(prompts.train)}
-    source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, config.batch.max_tokens)
+    budget = Budget(config.batch.max_tokens, print)
+    source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, budget)
     with Run("ppo", config.run, to_yaml(config), world) as run, open_reward(*source) as reward:
         done = resume(run, order, trained, optimizers, lambda state: learning.restore(config.ppo, state))
         if run.finished(done, total):
@@ -262,7 +86,10 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
         run.begin(done, total, parents(config, roles.policy))
         for note in (*prompts.notes, *(f"data.ptx: {note}" for note in ptx.notes)):
             run.say(note)
-        actors = Actors(config, roles, optimizers, reward, world)
+        budget.say = run.say
+        actors = Actors(config, roles, optimizers, reward, world, budget)
+        burn_in(actors, prompts.train, ptx.train)
+        actors.clock.skip()
         for step in range(done + 1, total + 1):
             values, lines = iterate(actors, learning, prompts.train, ptx.train, step, total)
             run.log(step, values)
@@ -286,7 +113,7 @@ def iterate(
     actors: Actors, learning: Learning, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample], step: int, total: int
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One iteration; returns its metrics, and a line for each answer."""
-    config, roles = actors.config, actors.roles
+    config = actors.config
     began = time.perf_counter()
     limit = None if config.run.epochs is None else total_samples(len(prompts), config.run.epochs)
     indices = step_indices(config.run.seed, step - 1, len(prompts), config.rollout.prompts, limit)
@@ -296,19 +123,9 @@ def iterate(
     scores = shared or actors.reward.finish(answers.prepared)
     actors.clock.lap("reward")
     suffices = rollout_suffices(step, learning.gaps.get("logprob_gap"), config.rollout.logprob_gap, config.rollout.logprob_check)
-    experience, values = appraise(
-        rollouts,
-        scores,
-        roles.model,
-        roles.reference,
-        roles.critic,
-        ppo=config.ppo,
-        kl_coefficient=learning.kl_coefficient,
-        temperature=config.sampling.temperature,
-        max_tokens=config.batch.max_tokens,
-        world=actors.world,
-        rollout_logprobs_suffice=suffices,
-    )
+    sizes = [len(r.prompt) + len(r.tokens) for r in rollouts]
+    score = partial(actors.appraise, rollouts, scores, learning.kl_coefficient, suffices=suffices)
+    experience, values = actors.budget.fit(sizes, score)
     if not suffices:
         learning.gaps = {name: values[name] for name in ("logprob_gap", "logprob_gap_max")}
     values |= learning.gaps | {"rollout_logprobs": float(suffices)}

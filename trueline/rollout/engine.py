@@ -14,8 +14,9 @@ from trueline.errors import RunError
 from trueline.model.decoder import Decoder, DecoderConfig, Prefix
 from trueline.model.heads import LanguageModel, accumulation_dtype
 from trueline.model.layout import places_of
+from trueline.parallel.memory import free_memory
 from trueline.rollout.graphs import graphs_for
-from trueline.rollout.memory import Decode, Memory, Mixed, Prefill, free_memory, make_memory
+from trueline.rollout.memory import Decode, Memory, Mixed, Prefill, make_memory
 from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
 

@@ -5,7 +5,6 @@ neither: it is read where the model has it, once for all requests.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -196,18 +195,6 @@ def make_memory(config: DecoderConfig, dtype: torch.dtype, device: torch.device,
         )
     # no more than all requests can fill
     return Pages(config, dtype, device, min(budget, sum(-(-n // PAGE) * PAGE * each for n in sorted(lengths)[-running:])))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`; on a CPU MemAvailable of /proc/meminfo, or 2**62 where there is none."""
-    if device.type == "cuda":
-        # what the allocator holds of past steps is as good as free
-        return int(torch.cuda.mem_get_info(device)[0]) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 2**62
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 2**62)
 
 
 @dataclass(frozen=True)

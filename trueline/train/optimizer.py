@@ -134,6 +134,14 @@ class Optimizer:
             for narrow, wide in zip(parameter.view(-1).split(CACHED), master.view(-1).split(CACHED), strict=True):
                 narrow.copy_(nearest(wide) if narrow.dtype == torch.bfloat16 else wide)
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes of one step's gradients, and of all that is kept between updates, once there was one."""
+        sums = sum(p.numel() * 4 for p in self.halves.values())  # float32, beside the backward pass's own
+        gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
+        fields = [(math.prod(shape), dtype) for name in self.parameters for shape, dtype in self._fields(name).values()]
+        masters = sum(m.numel() * m.element_size() for name, m in self.masters.items() if m is not self.parameters[name])
+        return sums + gradients, masters + sum(n * dtype.itemsize for n, dtype in fields)
+
     def state(self) -> dict[str, Tensor]:
         """All that an exact resume needs besides the parameters: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, `.master` of 16-bit ones, or
         what `optimizer.states` keeps in their place."""

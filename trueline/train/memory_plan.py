@@ -1,0 +1,81 @@
+"""What a run takes, in numbers. One rule: numbers in, numbers out; whoever knows a model or a disk asks it and passes on what it said."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+AHEAD = 64  # columns that key/value memory grows by, at least
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes on one device at the moment when they are most."""
+
+    weights: int = 0
+    gradients: int = 0
+    states: int = 0
+    activations: int = 0
+    logits: int = 0
+    keys_values: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __add__(self, other: "Peak") -> "Peak":
+        return Peak(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def scaled(self, measured: int) -> "Peak":
+        """With `measured` bytes in all: what a measurement adds or takes is in the activations, for the rest is counted exactly."""
+        return replace(self, activations=max(self.activations + measured - self.total, 0))
+
+
+def highest(phases: dict[str, Peak]) -> tuple[str, Peak]:
+    """The phase of a step that takes most."""
+    return max(phases.items(), key=lambda phase: phase[1].total)
+
+
+def key_value_bytes(layers: int, heads: int, head_dim: int, itemsize: int, rows: int, front: int, prompt: int, longest: int) -> int:
+    """The most that key/value memory takes while `rows` answers grow from `prompt` to `longest` tokens behind `front` of a prefix.
+
+    It grows by half of what it has, and while it does, the old of keys or values is held beside the new (`rollout/memory.py`).
+
+    >>> key_value_bytes(layers=1, heads=1, head_dim=1, itemsize=1, rows=1, front=0, prompt=100, longest=150)
+    400
+    """
+    column = layers * heads * head_dim * itemsize * rows
+    columns, most = 0, 0
+    for needed in range(front + prompt, front + longest + 1):
+        if needed > columns:
+            grown = max(needed, min(needed + max(needed // 2, AHEAD), front + longest))
+            most, columns = max(most, columns + 2 * grown), grown
+    return most * column
+
+
+def checkpoint_count(total: int, save_every: int, keep: int) -> tuple[int, int]:
+    """Checkpoints at the end, and the most there are at once: a new one is whole before an old one goes.
+
+    >>> [checkpoint_count(*numbers) for numbers in ((100, 0, 2), (100, 30, 2), (100, 50, 2), (100, 10, 20))]
+    [(1, 1), (2, 3), (2, 2), (10, 10)]
+    """
+    made = -(-total // save_every) if save_every else 1
+    return min(made, keep), min(made, keep + 1)
+
+
+def disk_bytes(checkpoint: int, total: int, save_every: int, keep: int, model: int, cache: int, logs: int) -> dict[str, int]:
+    """What the run leaves (`kept`), and the most it takes on the way (`most`); the last checkpoints stay beside the finished model."""
+    left, most = checkpoint_count(total, save_every, keep)
+    parts = {"checkpoint": checkpoint, "checkpoints": left * checkpoint, "model": model, "cache": cache, "logs": logs}
+    rest = cache + logs
+    return parts | {"kept": left * checkpoint + model + rest, "most": max(most * checkpoint, left * checkpoint + model) + rest}
+
+
+def fullest_of(plans: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> tuple[list[list[int]], float]:
+    """Of the micro-batches of some steps: the fullest that comes first in its step, then the fullest that comes later, when gradients
+    are there already (if any step has several); and how many micro-batches a step has on average.
+
+    >>> fullest_of([[[0, 1], [2]], [[3]]], lengths=[5, 5, 4, 11])
+    ([[3], [2]], 1.5)
+    """
+    places = [[parts[0] for parts in plans], [part for parts in plans for part in parts[1:] if part]]
+    fullest = [list(max(parts, key=lambda part: sum(lengths[i] for i in part))) for parts in places if parts]
+    return fullest, sum(len(parts) for parts in places) / len(plans)

@@ -1,0 +1,162 @@
+"""A step's memory without the step: the real code on tensors that have shapes but no numbers. One rule: what is counted is what is run.
+
+Torch's fake tensors take every path that real ones take, the attention kernel's too, and `Watch` counts their storages while they live.
+"""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as outside  # noqa: PLC2701
+from torch.utils._pytree import tree_flatten
+
+from trueline.config.schema import OptimizerConfig
+from trueline.model.batch import Batch
+from trueline.model.heads import LanguageModel, LinearLogProbability, Scorer
+from trueline.model.layout import Packed
+from trueline.train.memory_plan import Peak
+from trueline.train.optimizer import Optimizer
+from trueline.train.stores import PIECE
+
+PROBE = 1 << 14  # weights of the parameter on which an update is watched
+NEARLY = 1.005  # a peak is looked into when it is this much above the last
+
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes of storages made inside, as long as they live; at every higher peak `look` says what they are."""
+
+    def __init__(self, look: Callable[[dict[int, "Made"]], Peak]):
+        super().__init__()
+        self.live: dict[int, Made] = {}
+        self.now = self.top = 0
+        self.look, self.peak = look, Peak()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage()._cdata for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+        for x in tree_flatten(result)[0]:
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+                self._add(x)
+        return result
+
+    def _add(self, made: Tensor) -> None:
+        storage = made.untyped_storage()
+        key = storage._cdata
+        if key in self.live:
+            return
+        self.live[key] = Made(storage.nbytes(), tuple(made.shape))
+        weakref.finalize(storage, self._remove, key)
+        self.now += storage.nbytes()
+        if self.now > self.top:
+            if self.now > NEARLY * self.peak.total:
+                self.peak = self.look(self.live)
+            self.top = self.now
+
+    def _remove(self, key: int) -> None:
+        if found := self.live.pop(key, None):
+            self.now -= found.size
+
+    def found(self) -> Peak:
+        return self.peak.scaled(self.top)
+
+
+@dataclass(frozen=True)
+class Made:
+    size: int
+    shape: tuple[int, ...]
+
+
+@contextmanager
+def shapes_only(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
+    """Inside, new tensors have no numbers and take no memory; weights made inside are in `dtype`."""
+    before = torch.get_default_dtype()
+    with FakeTensorMode() as mode:
+        torch.set_default_dtype(dtype)
+        try:
+            yield mode
+        finally:
+            torch.set_default_dtype(before)
+
+
+def rehearse_step(module: LanguageModel | Scorer, optimizer: Optimizer, batches: Sequence[tuple[Batch, int]]) -> Peak:
+    """What a step adds to weights and states that are there: forward and backward passes over the (fake) batches, and the update.
+
+    Each batch comes with the number of its trained tokens. Two stand for more: from the second on gradients are there already.
+    """
+    vocabulary, wide = module.decoder.config.vocab_size, tuple(module.decoder.embed.weight.shape)
+
+    def look(live: dict[int, Made]) -> Peak:
+        held = [p.grad for p in optimizer.parameters.values() if p.grad is not None] + list(optimizer.sums.values())
+        keys = {x.untyped_storage()._cdata for x in held}
+        gradients = sum(made.size for key, made in live.items() if key in keys or made.shape == wide)
+        logits = sum(made.size for made in live.values() if made.shape[-1:] == (vocabulary,))
+        return Peak(gradients=gradients, logits=logits, activations=sum(made.size for made in live.values()) - gradients - logits)
+
+    with Watch(look) as watch:
+        for batch, trained in batches:
+            _loss(module, batch, trained).backward()
+            optimizer.collect()
+    gradients = sum(gradient.untyped_storage().nbytes() for gradient in optimizer.gradients().values())
+    update = Peak(gradients=gradients, activations=update_bytes(optimizer))
+    return max(watch.found(), update, key=lambda peak: peak.total)
+
+
+def rehearse_pass(module: LanguageModel | Scorer, batch: Batch, trained: int) -> Peak:
+    """What a pass over `batch` (fake) without gradients adds."""
+    vocabulary = module.decoder.config.vocab_size
+
+    def look(live: dict[int, Made]) -> Peak:
+        logits = sum(made.size for made in live.values() if made.shape[-1:] == (vocabulary,))
+        return Peak(logits=logits, activations=sum(made.size for made in live.values()) - logits)
+
+    with torch.no_grad(), Watch(look) as watch:
+        _loss(module, batch, trained)
+    return watch.found()
+
+
+def _loss(module: LanguageModel | Scorer, batch: Batch, trained: int) -> Tensor:
+    """The module's own forward pass; only which tokens are trained is given, for fake tensors cannot be asked."""
+    hidden = module.decoder(batch.tokens, batch.layout, module.role)
+    if isinstance(module, Scorer):
+        scores: Tensor = module.score(hidden)[:, 0].float()
+        return scores.sum()
+    rows = torch.arange(trained, device=hidden.device)
+    weight = module.decoder.head.weight  # type: ignore[union-attr]
+    picked = LinearLogProbability.apply(hidden[rows], weight, batch.tokens[rows], 1.0)
+    return picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked).sum()
+
+
+def fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
+    layout = Packed(batch.lengths, mode.from_tensor(batch.layout.positions), batch.layout.contexts)
+    return Batch(mode.from_tensor(batch.tokens), mode.from_tensor(batch.trained), layout)
+
+
+def update_bytes(optimizer: Optimizer) -> int:
+    """What an update works with beside gradients and states: watched on a small real parameter, in proportion to the largest there is."""
+    largest = max(p.numel() for p in optimizer.parameters.values())
+    at_once = largest if optimizer.store is None else min(largest, PIECE)
+    dtype = next(iter(optimizer.parameters.values())).dtype
+    return int(at_once * update_bytes_per_weight(dtype, optimizer.config))
+
+
+def update_bytes_per_weight(dtype: torch.dtype, config: OptimizerConfig) -> float:
+    with outside():
+        small = Optimizer({"x": nn.Parameter(torch.zeros(PROBE // 128, 128, dtype=dtype))}, config)
+        for _ in range(2):  # states are made in the first
+            for parameter in small.parameters.values():
+                parameter.grad = torch.zeros_like(parameter)
+            small.collect()
+            with Watch(lambda live: Peak(activations=sum(made.size for made in live.values()))) as watch:
+                small.step(0.0)
+        return watch.top / PROBE
+
+
+def weight_bytes(*modules: nn.Module) -> int:
+    """Bytes of all weights, those that are shared counted once."""
+    return sum({id(p): p.numel() * p.element_size() for module in modules for p in module.parameters()}.values())
