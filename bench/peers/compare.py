@@ -47,7 +47,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Group:
-    """Sides that run in turns: `ours` beside every one of `theirs`. `targets` names what is wanted of a ratio: must / goal."""
+    """Sides that run in turns: `ours` beside every one of `theirs`. `targets`: what is wanted of a ratio, by "ours, theirs": must / goal."""
 
     name: str
     ours: tuple[Side, ...]
@@ -62,11 +62,12 @@ def ours(name: str, *arguments: str, model: str = "model", near: bool = False) -
 
 
 def trl(name: str, *arguments: str, model: str = "model") -> Side:
-    return Side(f"TRL, {name}", "trl_side.py", (arguments[0], f"{{place}}/{model}", f"{{place}}/{model}.json", *arguments[1:]), "trl")
+    places, near = (f"{{place}}/{model}", f"{{place}}/{model}.json"), "--bfloat16" in arguments
+    return Side(f"TRL, {name}", "trl_side.py", (arguments[0], *places, *arguments[1:]), "trl", near=near)
 
 
-def factory(*arguments: str) -> Side:
-    places = ("{place}/model", "{place}/model.json")
+def factory(*arguments: str, model: str = "model") -> Side:
+    places = (f"{{place}}/{model}", f"{{place}}/{model}.json")
     return Side("LLaMA-Factory, packing", "lf_side.py", (arguments[0], *places, *arguments[1:]), "lf")
 
 
@@ -77,44 +78,72 @@ def rollout(case: str, batch: int, targets: dict[str, str]) -> Group:
 
 ROLLOUT = {"trueline": "float32", "generate": "transformers, generate", "batching": "transformers, continuous batching"}
 BEST = ("--batch", "1", "--no-checkpointing")
-PADDED = {"TRL, default": "1.6 / 2.0"}
+PACKED = ("--padding-free", "--no-checkpointing")
+SFT = {"float32, TRL, default": "2.5 / 3", "float32, LLaMA-Factory, packing": "1.05 / 1.2", "auto, TRL, default": "4.5 / 6"}
+SFT |= {"auto, LLaMA-Factory, packing": "1.7 / 2.2", "auto, TRL, padding-free in bfloat16": "1.4 / 1.8"}
+VOCABULARY = {"float32, TRL, default": "6, peak 1/4 / 8", "float32, LLaMA-Factory, packing": "1.1, peak 1/2 / 1.5"}
 GROUPS = (
     Group(
         "sft full",
         (ours("float32", "sft"), ours("auto", "sft", "--dtype", "auto", near=True)),
-        (trl("default", "sft"), trl("padding-free", "sft", "--padding-free", "--no-checkpointing"), factory("sft")),
-        targets=PADDED,
+        (
+            trl("default", "sft"),
+            trl("padding-free", "sft", *PACKED),
+            trl("padding-free in bfloat16", "sft", *PACKED, "--bfloat16"),
+            factory("sft"),
+        ),
+        targets=SFT,
     ),
     Group(
         "sft lora",
         (ours("float32", "sft", "--lora"), ours("auto", "sft", "--lora", "--dtype", "auto", near=True)),
         (
             trl("default", "sft", "--lora"),
-            trl("padding-free", "sft", "--lora", "--padding-free", "--no-checkpointing"),
+            trl("padding-free", "sft", "--lora", *PACKED),
+            trl("padding-free in bfloat16", "sft", "--lora", *PACKED, "--bfloat16"),
             factory("sft", "--lora"),
         ),
-        targets=PADDED,
+        targets=SFT,
     ),
     Group(
         "sft vocabulary of 151,936",
         (ours("float32", "sft", model="published"),),
         (
             trl("default", "sft", model="published"),
-            trl("padding-free", "sft", "--padding-free", "--no-checkpointing", model="published"),
+            trl("padding-free", "sft", *PACKED, model="published"),
+            factory("sft", model="published"),
         ),
         vocabulary=PUBLISHED["vocab_size"],
-        targets=PADDED,
+        targets=VOCABULARY,
     ),
-    Group("reward", (ours("float32", "reward"),), (trl("default", "reward"), trl("batches of 1", "reward", *BEST)), "reward"),
-    Group("dpo online", (ours("float32", "dpo", "--online"),), (trl("default", "dpo"), trl("batches of 1", "dpo", *BEST)), "dpo"),
-    Group("dpo reference before", (ours("float32", "dpo"),), (trl("precomputed", "dpo", "--precompute"),), "dpo"),
-    rollout("uniform", 16, {"transformers, generate": "1.3 / 1.7", "transformers, continuous batching": "3 / 4"}),
-    rollout("skewed", 16, {"transformers, generate": "2 / 3", "transformers, continuous batching": "3 / 4"}),
+    Group(
+        "reward",
+        (ours("float32", "reward"),),
+        (trl("default", "reward"), trl("batches of 1", "reward", *BEST)),
+        "reward",
+        targets={"float32, TRL, default": "2 / 2.5", "float32, TRL, batches of 1": "1.05 / 1.2"},
+    ),
+    Group(
+        "dpo online",
+        (ours("float32", "dpo", "--online"),),
+        (trl("default", "dpo"), trl("batches of 1", "dpo", *BEST)),
+        "dpo",
+        targets={"float32, TRL, default": "3 / 4", "float32, TRL, batches of 1": "1.2 / 1.5"},
+    ),
+    Group(
+        "dpo reference before",
+        (ours("float32", "dpo"),),
+        (trl("precomputed", "dpo", "--precompute"),),
+        "dpo",
+        targets={"float32, TRL, precomputed": "3 / 4.5"},
+    ),
+    rollout("uniform", 16, {"float32, transformers, generate": "1.5 / 2", "float32, transformers, continuous batching": "3 / 5"}),
+    rollout("skewed", 16, {"float32, transformers, generate": "2.5 / 4", "float32, transformers, continuous batching": "3 / 5"}),
     Group(
         "ppo iteration",
         (Side("float32", "ppo_ours.py", ("{place}", "{steps}")),),
         (Side("TRL, experimental PPO", "ppo_trl.py", ("{place}", "{steps}"), "ppo"),),
-        targets={"TRL, experimental PPO": "2, peak 1/2 / 3, peak 1/4"},
+        targets={"float32, TRL, experimental PPO": "4, peak 1/2 / 6, peak 1/3"},
     ),
 )
 
@@ -240,7 +269,7 @@ def not_run(reason: str, target: str = "-") -> tuple[str, ...]:
 def row(
     group: Group, mine: Side, peer: Side, runners: dict[Side, Runner], reasons: dict[Side, str], records: list[dict[str, list[int]]]
 ) -> Row:
-    case, target, today = f"{group.name}, {mine.name}", group.targets.get(peer.name, "-"), time.strftime("%Y-%m-%d")
+    case, target, today = f"{group.name}, {mine.name}", group.targets.get(f"{mine.name}, {peer.name}", "-"), time.strftime("%Y-%m-%d")
     if peer in reasons:
         return Row(case, peer.name, not_run(reasons[peer], target))
     ours_read, peer_read = runners[mine].readings, runners[peer].readings
@@ -248,7 +277,7 @@ def row(
     version = next((f" {versions[name]}" for name in ("trl", "llamafactory", "transformers") if name in versions), "")
     program, _, setting = peer.name.partition(", ")
     beside = f"{program}{version}, {setting}"
-    if wrong := difference(ours_read[0], peer_read[0], mine.near):
+    if wrong := difference(ours_read[0], peer_read[0], mine.near or peer.near):
         return Row(case, beside, ("-", "-", f"not compared: {wrong}", "-", "-", target, today))
     fast, slow = rates(group, ours_read, records), rates(group, peer_read, records)
     ratio, low, high = statistics.median(fast) / statistics.median(slow), min(fast) / max(slow), max(fast) / min(slow)

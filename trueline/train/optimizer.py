@@ -128,10 +128,11 @@ class Optimizer:
 
     @torch.no_grad()
     def _round(self, names: Iterable[str]) -> None:
-        """Brings 16-bit parameters to their masters, a piece at a time: whole copies would be made again for each operation."""
+        """Brings 16-bit parameters to their masters; on a CPU a piece at a time: whole copies would be made again for each operation."""
         for name in self.halves.keys() & set(names) & self.masters.keys():
             parameter, master = self.parameters[name].detach(), self.masters[name]
-            for narrow, wide in zip(parameter.view(-1).split(CACHED), master.view(-1).split(CACHED), strict=True):
+            size = CACHED if parameter.device.type == "cpu" else max(parameter.numel(), 1)
+            for narrow, wide in zip(parameter.view(-1).split(size), master.view(-1).split(size), strict=True):
                 narrow.copy_(nearest(wide) if narrow.dtype == torch.bfloat16 else wide)
 
     def memory(self) -> tuple[int, int]:
