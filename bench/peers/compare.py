@@ -47,7 +47,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Group:
-    """Sides that run in turns: `ours` beside every one of `theirs`. `targets`: what is wanted of a ratio, by "ours, theirs": must / goal."""
+    """Sides that run in turns: `ours` beside every one of `theirs`. `targets`: what a ratio should be, by "ours, theirs": must / goal."""
 
     name: str
     ours: tuple[Side, ...]
