@@ -98,7 +98,7 @@ def calibrate_fit(config: StageConfig, groups: Sequence[Sequence[Any]], recomput
     batches = [packing(group).to(world.device) for group in groups]
     optimizer = make_optimizer(parameters, config.optimizer)
     opened.decoder.train()
-    return measure(lambda: train_step(optimizer, batches, objective, count, world=world, max_norm=1.0, lr=0.0, step=1, seed=0))
+    return measure(lambda: train_step(optimizer, batches, objective, count, world=world, max_norm=config.optimizer.max_norm, lr=0.0, step=1, seed=0))
 
 
 def calibrate_ppo(config: PpoStageConfig, rollouts: Sequence[Rollout], recompute: Mapping[str, int]) -> dict[str, Measured]:
@@ -123,7 +123,9 @@ def calibrate_ppo(config: PpoStageConfig, rollouts: Sequence[Rollout], recompute
             score_samples(roles.reward, [e.sample for e in found], budget)
 
     def generate(tokens: int) -> None:
-        engine = Engine(roles.model, config.rollout.running)
+        rollout = config.rollout
+        memory = None if rollout.memory is None else int(rollout.memory * 2**30)
+        engine = Engine(roles.model, rollout.running, memory, rollout.packed)
         sampling = replace(sampling_of(config.sampling, roles.policy), max_new_tokens=tokens, stop=frozenset())
         running = rollouts[: config.rollout.running]
         with engine.hold():

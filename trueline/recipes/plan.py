@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trueline.config.schema import AdapterConfig, DpoStageConfig, PpoStageConfig, StageConfig
+from trueline.config.schema import AdapterConfig, DpoStageConfig, PpoStageConfig, RewardConfig, StageConfig
 from trueline.data.cache import lengths
 from trueline.data.sample import answered
 from trueline.data.stream import plan, step_indices, total_samples, total_steps
@@ -30,9 +30,9 @@ from trueline.parallel.world import find_device
 from trueline.recipes.actors import longest_rollouts
 from trueline.recipes.assemble import DTYPES, base_folder, files_fingerprint, open_text, settle_dtype
 from trueline.recipes.calibrate import NEW_TOKENS, calibrate_fit, calibrate_ppo
-from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, sft_samples
+from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, sft_samples, with_shared_prompts
 from trueline.rollout.engine import PROMPT_TOKENS
-from trueline.rollout.packed import can_pack
+from trueline.rollout.packed import PAYS, can_pack
 from trueline.train.budget import SPARE, choose_recompute
 from trueline.train.memory_plan import Peak, disk_bytes, fullest_of, highest, key_value_bytes
 from trueline.train.optimizer import Optimizer, make_optimizer
@@ -82,6 +82,9 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
     folder, (family, tokenizer), dtype = base_folder(config.model), open_text(config.model), _dtype(config, device)
     data, batch, seed = config.data.model_copy(update={"cache": "off"}), config.batch, config.run.seed
     prepared: Prepared[Any] = (sft_samples if stage == "sft" else preference_pairs)(data, family, tokenizer, seed)
+    if isinstance(config, DpoStageConfig | RewardConfig):
+        wanted = (config.dpo if isinstance(config, DpoStageConfig) else config.ranking).share_prefix
+        prepared = with_shared_prompts(prepared, wanted)
     items, sizes = prepared.train, lengths(prepared.train)
     total = total_steps(len(items), batch.sequences, config.run.steps, config.run.epochs)
     plan([int(sizes.max())], batch.max_tokens)  # refuses what would not fit later
@@ -101,7 +104,7 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
         optimizer, inside = make_optimizer(parameters, config.optimizer), [fake_batch(batch, mode) for batch in packed]
         fixed = Peak(weights=weight_bytes(module), states=optimizer.memory()[1])
         said = _recompute(config, {"model": (module, inside[0])}, [optimizer], free, fixed.weights)
-        step_peak = fixed + rehearse_step(module, optimizer, list(zip(inside, counts, strict=True)))
+        step_peak = fixed + rehearse_step(module, optimizer, list(zip(inside, counts, strict=True)), stage == "sft")
         phases = {"step": step_peak}
         reference = config.reference.path if isinstance(config, DpoStageConfig) and config.reference.kind == "frozen" else None
         roles = {"policy": fixed.weights}
@@ -140,7 +143,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
     packed.append(pack([answered(r.prompt[:-1], r.prompt[-1:], blocks) for r in reading]))
     counts = [int(batch.trained.sum()) for batch in packed]
     likeness = replace(folder.decoder_config, num_layers=0, vocab_size=8, hidden_size=8)
-    packs = can_pack(Decoder(likeness).to(dtype)) and device.type == "cpu"
+    packs = config.rollout.packed and new >= PAYS and can_pack(Decoder(likeness).to(dtype)) and device.type == "cpu"
     with shapes_only(dtype) as mode:
         model, critic, optimizers = _actor_and_critic(config, folder, dtype, device)
         decoder, trunk, bare = model.decoder, critic.decoder, weight_bytes(model)
@@ -150,7 +153,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         steps = list(zip(learning, counts[1:-1], strict=True))
         said = _recompute(config, {"policy": (model, learning[0]), "critic": (critic, learning[0])}, optimizers, free, fixed.weights)
         added = {
-            "generate": _generating(config, decoder, sizes[0] - new, len(rollouts), packs) + rehearse_pass(model, read, 1),
+            "generate": _generating(config, decoder, sizes[0] - new, len(rollouts), packs, free) + rehearse_pass(model, read, 1),
             "score": max((rehearse_pass(m, scoring, counts[0]) for m in (model, critic)), key=lambda peak: peak.total),
             "policy update": rehearse_step(model, optimizers[0], steps),
             "critic update": rehearse_step(critic, optimizers[1], steps),
@@ -262,8 +265,11 @@ def _frozen_roles(config: PpoStageConfig, dtype: torch.dtype, folder: ModelFolde
     return found
 
 
-def _generating(config: PpoStageConfig, decoder: Decoder, prompt: int, answers: int, packs: bool) -> Peak:
-    """Keys and values of the running answers, their logits and probabilities, and the packed weights that answers are made with."""
+def _generating(config: PpoStageConfig, decoder: Decoder, prompt: int, answers: int, packs: bool, free: int) -> Peak:
+    """Keys and values of the running answers, their logits and probabilities, and the packed weights that answers are made with.
+
+    More than the memory there is for keys and values they never take: the engine then has pages, and answers wait.
+    """
     sizes, rows, weight = decoder.config, min(config.rollout.running, answers), decoder.embed.weight
     front = config.model.adapter.tokens if config.model.adapter.kind == "ptuning" else 0
     longest = prompt + config.sampling.max_new_tokens
@@ -271,7 +277,8 @@ def _generating(config: PpoStageConfig, decoder: Decoder, prompt: int, answers: 
         sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, weight.element_size(), rows, front, prompt, longest
     )  # fmt: skip
     copies = weight_bytes(*decoder.layers) + sizes.vocab_size * sizes.hidden_size * weight.element_size() if packs else 0
-    return Peak(weights=copies, keys_values=stored, logits=3 * rows * sizes.vocab_size * 4)
+    room = free // 2 if config.rollout.memory is None else int(config.rollout.memory * 2**30)
+    return Peak(weights=copies, keys_values=min(stored, room), logits=3 * rows * sizes.vocab_size * 4)
 
 
 def _folder_bytes(folder: ModelFolder, dtype: torch.dtype, with_head: bool = True) -> int:

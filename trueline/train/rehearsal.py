@@ -6,7 +6,7 @@ Torch's fake tensors take every path that real ones take, the attention kernel's
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from trueline.config.schema import OptimizerConfig
 from trueline.model.batch import Batch
-from trueline.model.heads import LanguageModel, LinearLogProbability, Scorer
-from trueline.model.layout import Packed
+from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogProbability, Scorer
 from trueline.train.memory_plan import Peak
 from trueline.train.optimizer import Optimizer
 from trueline.train.stores import PIECE
@@ -84,10 +83,13 @@ def shapes_only(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
             torch.set_default_dtype(before)
 
 
-def rehearse_step(module: LanguageModel | Scorer, optimizer: Optimizer, batches: Sequence[tuple[Batch, int]]) -> Peak:
+def rehearse_step(
+    module: LanguageModel | Scorer, optimizer: Optimizer, batches: Sequence[tuple[Batch, int]], summed: bool = False
+) -> Peak:
     """What a step adds to weights and states that are there: forward and backward passes over the (fake) batches, and the update.
 
-    Each batch comes with the number of its trained tokens. Two stand for more: from the second on gradients are there already.
+    Each batch comes with the number of its trained tokens. Two stand for more: from the second on gradients are there already. `summed`:
+    the loss is `LanguageModel.total`'s.
     """
     vocabulary, wide = module.decoder.config.vocab_size, tuple(module.decoder.embed.weight.shape)
 
@@ -100,7 +102,7 @@ def rehearse_step(module: LanguageModel | Scorer, optimizer: Optimizer, batches:
 
     with Watch(look) as watch:
         for batch, trained in batches:
-            _loss(module, batch, trained).backward()
+            _loss(module, batch, trained, summed).backward()
             optimizer.collect()
     gradients = sum(gradient.untyped_storage().nbytes() for gradient in optimizer.gradients().values())
     update = Peak(gradients=gradients, activations=update_bytes(optimizer))
@@ -120,21 +122,24 @@ def rehearse_pass(module: LanguageModel | Scorer, batch: Batch, trained: int) ->
     return watch.found()
 
 
-def _loss(module: LanguageModel | Scorer, batch: Batch, trained: int) -> Tensor:
+def _loss(module: LanguageModel | Scorer, batch: Batch, trained: int, summed: bool = False) -> Tensor:
     """The module's own forward pass; only which tokens are trained is given, for fake tensors cannot be asked."""
-    hidden = module.decoder(batch.tokens, batch.layout, module.role)
+    hidden = module.decoder(batch.inputs, batch.layout, module.role)
     if isinstance(module, Scorer):
-        scores: Tensor = module.score(hidden)[:, 0].float()
-        return scores.sum()
+        return batch.states(module.score(hidden)[:, 0]).float().sum()
     rows = torch.arange(trained, device=hidden.device)
-    weight = module.decoder.head.weight  # type: ignore[union-attr]
-    picked = LinearLogProbability.apply(hidden[rows], weight, batch.tokens[rows], 1.0)
+    predictions = batch.states(hidden, rows), module.decoder.head.weight, batch.tokens[rows]  # type: ignore[union-attr]
+    if summed:
+        total: Tensor = LinearLogLikelihood.apply(*predictions)
+        return total
+    picked = LinearLogProbability.apply(*predictions, 1.0)
     return picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked).sum()
 
 
 def fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
-    layout = Packed(batch.lengths, mode.from_tensor(batch.layout.positions), batch.layout.contexts)
-    return Batch(mode.from_tensor(batch.tokens), mode.from_tensor(batch.trained), layout)
+    layout = replace(batch.layout, positions=mode.from_tensor(batch.layout.positions))
+    kept, rows = (None if x is None else mode.from_tensor(x) for x in (batch.kept, batch.rows))
+    return Batch(mode.from_tensor(batch.tokens), mode.from_tensor(batch.trained), layout, kept, rows)
 
 
 def update_bytes(optimizer: Optimizer) -> int:
