@@ -98,7 +98,8 @@ def calibrate_fit(config: StageConfig, groups: Sequence[Sequence[Any]], recomput
     batches = [packing(group).to(world.device) for group in groups]
     optimizer = make_optimizer(parameters, config.optimizer)
     opened.decoder.train()
-    return measure(lambda: train_step(optimizer, batches, objective, count, world=world, max_norm=config.optimizer.max_norm, lr=0.0, step=1, seed=0))
+    max_norm = config.optimizer.max_norm
+    return measure(lambda: train_step(optimizer, batches, objective, count, world=world, max_norm=max_norm, lr=0.0, step=1, seed=0))
 
 
 def calibrate_ppo(config: PpoStageConfig, rollouts: Sequence[Rollout], recompute: Mapping[str, int]) -> dict[str, Measured]:
