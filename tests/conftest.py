@@ -1,10 +1,14 @@
 """Where the shared reference material lies, when it is there at all; tiny models, and the command line to run them with."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported, by whomever
+
+import torch  # noqa: E402
 
 from tests.recipes.commands import Commands
 from tests.recipes.toys import Toys, make_toys

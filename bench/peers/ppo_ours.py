@@ -107,8 +107,9 @@ def train(folder: Path, iterations: int) -> dict[str, Any]:
         apart = check(peer, config, roles, reward.shared) if peer.exists() else {}
         ours: Any = replace(roles, policy=Endless(roles.policy))
         actors = Actors(config, ours, optimizers, reward, world, budget)
+        learning = Learning(0.05)  # as in a run: after the first iteration the rollout's log-probabilities may do
         for step in range(1, iterations + 1):
-            lines.append(iterate(actors, Learning(0.05), prompts, [], step, iterations)[0])
+            lines.append(iterate(actors, learning, prompts, [], step, iterations)[0])
     parts = ("generate", "reward", "score", "update", "save", "idle")
     seconds = [sum(line[f"{part}_seconds"] for part in parts) for line in lines]
     split = {part: [line[f"{part}_seconds"] for line in lines] for part in parts}

@@ -19,6 +19,7 @@ from trueline.model.layout import Packed
 from trueline.parallel.world import World
 from trueline.recipes.judges import score_samples
 from trueline.rollout.sampling import Rollout
+from trueline.train.budget import Budget
 from trueline.train.experience import Experience, ModelScores, appraise, pack_experience, rollout_suffices
 
 SIZES = DecoderConfig(vocab_size=17, hidden_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4, mlp_size=12, init_std=0.7)
@@ -286,7 +287,7 @@ def test_a_reward_model_shares_the_pass(own_trunk: bool, max_tokens: int, dtype:
     scorer.decoder = scorer.decoder if own_trunk else trunk
     torch.nn.init.normal_(scorer.score.weight, generator=torch.Generator().manual_seed(6))
     settings = {"ppo": PPO, "kl_coefficient": KL, "temperature": TEMPERATURE, "max_tokens": max_tokens, "world": World()}
-    alone = [2 * x for x in score_samples(scorer, [answered(r.prompt, r.tokens, None) for r in items], max_tokens)]
+    alone = [2 * x for x in score_samples(scorer, [answered(r.prompt, r.tokens, None) for r in items], Budget(max_tokens, print))]
     expected, _ = appraise(items, alone, policy, lambda batch, temperature: reference(batch, temperature), values, **settings)
     embedded: list[int] = []
     hook = trunk.embed.register_forward_hook(lambda module, args, out: embedded.append(len(args[0])))

@@ -117,7 +117,7 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
     work = {"records": len(items), "steps": total, "tokens": tokens, "micro-batches per step": round(micro_batches, 2)}
     work |= {"fullest micro-batch": full[0], "parameters trained": sum(p.numel() for p in parameters.values())}
     trained = sum(p.numel() * p.element_size() for p in parameters.values())
-    published = _published(config, phases, fixed, fixed.weights, trained)
+    published = _published(config, phases, fixed, fixed.weights, trained, decoder.embed.weight.numel())
     disk = _disk(config, total, trained + fixed.states, published, prepared, tokenizer, total * LINE)
 
     def measured() -> tuple[dict[str, Peak], float]:
@@ -164,7 +164,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
     work |= {"micro-batches per update": len(learned), "fullest micro-batch": sum(sizes[i] for i in scored[0])}
     work["parameters trained"] = sum(p.numel() for optimizer in optimizers for p in optimizer.parameters.values())
     policy, both = (sum(p.numel() * p.element_size() for o in some for p in o.parameters.values()) for some in (optimizers[:1], optimizers))
-    published = _published(config, phases, fixed, bare, policy)
+    published = _published(config, phases, fixed, bare, policy, decoder.embed.weight.numel())
     disk = _disk(config, total, both + fixed.states, published, prompts, tokenizer, total * LINE + tokens * SAMPLE)
 
     def measured() -> tuple[dict[str, Peak], float]:
@@ -202,13 +202,16 @@ def _actor_and_critic(
     return LanguageModel(decoder, role), critic, optimizers
 
 
-def _published(config: StageConfig, phases: dict[str, Peak], fixed: Peak, bare: int, trained: int) -> int:
-    """Bytes of the finished model. Random weights under an adapter are drawn again and written beside it, which is a phase of its own."""
+def _published(config: StageConfig, phases: dict[str, Peak], fixed: Peak, bare: int, trained: int, largest: int) -> int:
+    """Bytes of the finished model. Random weights under an adapter are drawn again and written beside it, which is a phase of its own.
+
+    `largest`: weights of the largest matrix, which is drawn in float32.
+    """
     if config.model.adapter.kind == "full":
         return bare
     if config.model.init == "load":
         return trained
-    phases["publish"] = fixed + Peak(weights=bare)
+    phases["publish"] = fixed + Peak(weights=bare, activations=4 * largest)
     return trained + bare
 
 
@@ -242,7 +245,7 @@ def _recompute(config: StageConfig, modules: dict[str, Any], optimizers: Sequenc
         if config.model.recompute == "auto":
             memory = config.batch.memory or max(int(free * (1 - SPARE)) - weights, 1)
             before = module.decoder.recompute
-            said.append(f"{name}: {choose_recompute(module.decoder, module.role, batch, len(batch.tokens), optimizers, memory)}")
+            said.append(f"{name}: {choose_recompute(module.decoder, module.role, batch, len(batch.inputs), optimizers, memory)}")
             module.decoder.recompute = max(before, module.decoder.recompute)
         elif config.model.recompute:
             module.decoder.recompute = len(module.decoder.layers)
@@ -271,11 +274,8 @@ def _generating(config: PpoStageConfig, decoder: Decoder, prompt: int, answers: 
     More than the memory there is for keys and values they never take: the engine then has pages, and answers wait.
     """
     sizes, rows, weight = decoder.config, min(config.rollout.running, answers), decoder.embed.weight
-    front = config.model.adapter.tokens if config.model.adapter.kind == "ptuning" else 0
     longest = prompt + config.sampling.max_new_tokens
-    stored = key_value_bytes(
-        sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, weight.element_size(), rows, front, prompt, longest
-    )  # fmt: skip
+    stored = key_value_bytes(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, weight.element_size(), rows, prompt, longest)
     copies = weight_bytes(*decoder.layers) + sizes.vocab_size * sizes.hidden_size * weight.element_size() if packs else 0
     room = free // 2 if config.rollout.memory is None else int(config.rollout.memory * 2**30)
     return Peak(weights=copies, keys_values=min(stored, room), logits=3 * rows * sizes.vocab_size * 4)

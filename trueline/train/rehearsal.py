@@ -124,11 +124,11 @@ def rehearse_pass(module: LanguageModel | Scorer, batch: Batch, trained: int) ->
 
 def _loss(module: LanguageModel | Scorer, batch: Batch, trained: int, summed: bool = False) -> Tensor:
     """The module's own forward pass; only which tokens are trained is given, for fake tensors cannot be asked."""
-    hidden = module.decoder(batch.inputs, batch.layout, module.role)
     if isinstance(module, Scorer):
-        return batch.states(module.score(hidden)[:, 0]).float().sum()
-    rows = torch.arange(trained, device=hidden.device)
-    predictions = batch.states(hidden, rows), module.decoder.head.weight, batch.tokens[rows]  # type: ignore[union-attr]
+        return batch.states(module.score(module.decoder(batch.inputs, batch.layout, module.role))[:, 0]).float().sum()
+    rows = torch.arange(trained, device=batch.tokens.device)
+    states = batch.states(module.decoder(batch.inputs, batch.layout, module.role), rows)  # all that is kept of the decoder's
+    predictions = states, module.decoder.head.weight, batch.tokens[rows]  # type: ignore[union-attr]
     if summed:
         total: Tensor = LinearLogLikelihood.apply(*predictions)
         return total
