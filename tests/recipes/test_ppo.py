@@ -423,7 +423,7 @@ def test_answers_are_scored_while_others_go_on(toys: Toys, tmp_path: Path) -> No
         return [r.tokens for r in rollouts]
 
     roles.model.decoder.head.register_forward_hook(slowly)
-    actors = Actors(config, roles, {}, Reward(prepare, lambda found: [0.0] * len(found)), World())
+    actors = Actors(config, roles, {}, Reward(prepare, lambda found: [0.0] * len(found)), World(), Budget(8192, print))
     prompts = prompt_tokens(config.data, roles.policy.folder.family, roles.policy.text(), 8, 0).train[:4]
     asked = [p for p in prompts for _ in range(2)]
     answers = actors.answer(asked, list(range(8)), 2)

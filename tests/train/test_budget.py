@@ -104,7 +104,7 @@ def test_memory_decides_how_many_layers_are_recomputed(layers: float, expected: 
     weights = sum(p.numel() for p in decoder.parameters())
     kept, again = decoder.layer_memory(BATCH.tokens, BATCH.layout)
     assert layers_to_recompute(7 * kept - 2 * (kept - again), 6, kept, again) == 2
-    rest = 4 * weights + 8 * weights + 4 * len(optimizer.parameters) + 64 * 50 * 8  # gradients, moments and steps, logits
+    rest = 4 * weights + 8 * weights + 4 * len(optimizer.parameters) + 64 * 50 * 4  # gradients, moments and steps, logits
     said = choose_recompute(decoder, None, BATCH, 64, [optimizer], int(rest + layers * kept))
     assert decoder.recompute == expected
     assert said.startswith(f"model.recompute: auto recomputes {expected} of 6 layers; activations of 6 layers take 0.00 GB")

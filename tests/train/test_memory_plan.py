@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trueline.model.decoder import DecoderConfig
-from trueline.rollout.memory import Memory
+from trueline.rollout.memory import Slots
 from trueline.train.memory_plan import Peak, checkpoint_count, disk_bytes, fullest_of, highest, key_value_bytes
 
 
@@ -15,17 +15,17 @@ def test_a_peak_is_the_sum_of_its_parts() -> None:
     assert highest({"step": peak, "score": Peak(weights=654_322)}) == ("score", Peak(weights=654_322))
 
 
-@pytest.mark.parametrize(("prompt", "longest", "front"), [(100, 150, 0), (5, 700, 3), (40, 41, 0), (64, 64, 16)])
-def test_keys_and_values_grow_as_the_memory_does(prompt: int, longest: int, front: int) -> None:
+@pytest.mark.parametrize(("prompt", "longest"), [(100, 150), (5, 700), (40, 41), (64, 64)])
+def test_keys_and_values_grow_as_the_memory_does(prompt: int, longest: int) -> None:
     """Against the memory itself: old keys or values beside the new while it grows."""
     sizes = DecoderConfig(vocab_size=8, hidden_size=8, num_layers=3, num_heads=2, num_kv_heads=2, head_dim=4, mlp_size=8)
-    memory, most = Memory(sizes, torch.float32, torch.device("cpu"), front), 0
+    memory, most = Slots(sizes, torch.float32, torch.device("cpu")), 0
     for length in range(prompt, longest + 1):
         before = memory.keys.nbytes
-        memory.reserve(5, length, longest)
+        memory.reserve(5, [length] * 5, longest)
         after = memory.keys.nbytes
         most = max(most, before + 2 * after if after != before else 2 * after)
-    assert key_value_bytes(3, 2, 4, 4, 5, front, prompt, longest) == most
+    assert key_value_bytes(3, 2, 4, 4, 5, prompt, longest) == most
 
 
 def test_checkpoints_on_the_disk() -> None:

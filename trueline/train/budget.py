@@ -79,7 +79,7 @@ def choose_recompute(
     free = math.floor(free_memory(batch.tokens.device) * (1 - SPARE)) if memory is None else memory
     wanted = [optimizer.memory() for optimizer in optimizers]
     there = sum(x.nbytes for optimizer in optimizers for x in optimizer.state().values())
-    kept, again = (-(-n * tokens // len(batch.tokens)) for n in decoder.layer_memory(batch.tokens, batch.layout, role))
+    kept, again = (-(-n * tokens // len(batch.inputs)) for n in decoder.layer_memory(batch.inputs, batch.layout, role))
     room = free - max(gradients for gradients, _ in wanted) - (sum(states for _, states in wanted) - there) - logits_memory(decoder, tokens)
     layers = len(decoder.layers)
     decoder.recompute = layers_to_recompute(room, layers, kept, again)

@@ -34,19 +34,19 @@ def highest(phases: dict[str, Peak]) -> tuple[str, Peak]:
     return max(phases.items(), key=lambda phase: phase[1].total)
 
 
-def key_value_bytes(layers: int, heads: int, head_dim: int, itemsize: int, rows: int, front: int, prompt: int, longest: int) -> int:
-    """The most that key/value memory takes while `rows` answers grow from `prompt` to `longest` tokens behind `front` of a prefix.
+def key_value_bytes(layers: int, heads: int, head_dim: int, itemsize: int, rows: int, prompt: int, longest: int) -> int:
+    """The most that key/value memory takes while `rows` answers grow from `prompt` to `longest` tokens.
 
     It grows by half of what it has, and while it does, the old of keys or values is held beside the new (`rollout/memory.py`).
 
-    >>> key_value_bytes(layers=1, heads=1, head_dim=1, itemsize=1, rows=1, front=0, prompt=100, longest=150)
+    >>> key_value_bytes(layers=1, heads=1, head_dim=1, itemsize=1, rows=1, prompt=100, longest=150)
     400
     """
     column = layers * heads * head_dim * itemsize * rows
     columns, most = 0, 0
-    for needed in range(front + prompt, front + longest + 1):
+    for needed in range(prompt, longest + 1):
         if needed > columns:
-            grown = max(needed, min(needed + max(needed // 2, AHEAD), front + longest))
+            grown = max(needed, min(needed + max(needed // 2, AHEAD), longest))
             most, columns = max(most, columns + 2 * grown), grown
     return most * column
 
