@@ -62,7 +62,7 @@ def test_a_step_s_memory_is_what_the_allocator_gives_out(kind: str, dtype: torch
     for _ in range(2):  # states come with the first
         with watched(torch.device("cpu")) as found:
             train_step(optimizer, BATCHES, sft_objective(model), count_tokens, **settings)
-    # in bfloat16 the matrix library takes room of its own, which is most beside so small a model
+    # in bfloat16 operators use room of their own inside, which is not seen and is much beside so small a model
     assert planned(kind, dtype, states, recompute) == pytest.approx(found[0], rel=0.03 if dtype == torch.float32 else 0.1)
 
 
@@ -81,4 +81,4 @@ def test_a_pass_without_gradients(kind: str) -> None:
     with torch.no_grad(), watched(torch.device("cpu")) as found:
         module(batch)
     counted = rehearse_pass(module, batch, int(batch.trained.sum()))
-    assert counted.total == pytest.approx(found[0], rel=0.05) and bool(counted.logits) is (kind == "model")
+    assert counted.total == pytest.approx(found[0], rel=0.05)

@@ -117,7 +117,7 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
     work = {"records": len(items), "steps": total, "tokens": tokens, "micro-batches per step": round(micro_batches, 2)}
     work |= {"fullest micro-batch": full[0], "parameters trained": sum(p.numel() for p in parameters.values())}
     trained = sum(p.numel() * p.element_size() for p in parameters.values())
-    published = _published(config, phases, fixed, fixed.weights, trained, decoder.embed.weight.numel())
+    published = _published(config, phases, fixed, fixed.weights, trained, folder, dtype)
     disk = _disk(config, total, trained + fixed.states, published, prepared, tokenizer, total * LINE)
 
     def measured() -> tuple[dict[str, Peak], float]:
@@ -164,7 +164,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
     work |= {"micro-batches per update": len(learned), "fullest micro-batch": sum(sizes[i] for i in scored[0])}
     work["parameters trained"] = sum(p.numel() for optimizer in optimizers for p in optimizer.parameters.values())
     policy, both = (sum(p.numel() * p.element_size() for o in some for p in o.parameters.values()) for some in (optimizers[:1], optimizers))
-    published = _published(config, phases, fixed, bare, policy, decoder.embed.weight.numel())
+    published = _published(config, phases, fixed, bare, policy, folder, dtype)
     disk = _disk(config, total, both + fixed.states, published, prompts, tokenizer, total * LINE + tokens * SAMPLE)
 
     def measured() -> tuple[dict[str, Peak], float]:
@@ -202,17 +202,18 @@ def _actor_and_critic(
     return LanguageModel(decoder, role), critic, optimizers
 
 
-def _published(config: StageConfig, phases: dict[str, Peak], fixed: Peak, bare: int, trained: int, largest: int) -> int:
-    """Bytes of the finished model. Random weights under an adapter are drawn again and written beside it, which is a phase of its own.
-
-    `largest`: weights of the largest matrix, which is drawn in float32.
-    """
+def _published(
+    config: StageConfig, phases: dict[str, Peak], fixed: Peak, bare: int, trained: int, folder: ModelFolder, dtype: torch.dtype
+) -> int:
+    """Bytes of the finished model. Random weights under an adapter are drawn again and written beside it, which is a phase of its own:
+    the largest of them is there in float32 too as it is drawn, and once more as it is written."""
     if config.model.adapter.kind == "full":
         return bare
     if config.model.init == "load":
         return trained
-    phases["publish"] = fixed + Peak(weights=bare, activations=4 * largest)
-    return trained + bare
+    again, sizes = _folder_bytes(folder, dtype), folder.decoder_config
+    phases["publish"] = fixed + Peak(weights=again, activations=sizes.vocab_size * sizes.hidden_size * (4 + dtype.itemsize))
+    return trained + again
 
 
 def _decoder(

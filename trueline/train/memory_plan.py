@@ -35,7 +35,7 @@ def highest(phases: dict[str, Peak]) -> tuple[str, Peak]:
 
 
 def key_value_bytes(layers: int, heads: int, head_dim: int, itemsize: int, rows: int, prompt: int, longest: int) -> int:
-    """The most that key/value memory takes while `rows` answers grow from `prompt` to `longest` tokens; a prefix is not in it.
+    """The most that key/value memory takes while `rows` answers grow from `prompt` to `longest` tokens.
 
     It grows by half of what it has, and while it does, the old of keys or values is held beside the new (`rollout/memory.py`).
 
