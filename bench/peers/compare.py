@@ -248,7 +248,7 @@ def measure(group: Group, place: Path, given: argparse.Namespace) -> list[Row]:
                 except Unavailable as error:
                     reasons[side] = str(error)
                     continue
-                if side.near and runners[side].readings[-1]["dtype"] == "float32":
+                if side.near and runners[side].readings[-1].get("dtype") == "float32":
                     reasons[side] = "auto is float32 on this machine"
                     continue
                 line = {"bench": "peers", "case": group.name, "side": side.name, "ours": side in group.ours, "run": turn}
