@@ -22,6 +22,7 @@ from trueline.config.schema import STAGES, EvaluateConfig, GenerateConfig, PpoSt
         ("critic.adapter", "a section or null", "null"),
         ("critic.optimizer.schedule", "one of constant, linear or cosine", "cosine"),
         ("ppo.whiten", "true or false", "true"),
+        ("model.recompute", "auto or true or false", "auto"),
         ("sampling.top_p", "a number above 0 and up to 1", "1.0"),
         ("data.ptx", "a list, each text", "[]"),
     ],

@@ -61,7 +61,8 @@ def _expected(annotation: Any, metadata: list[Any]) -> str:
         return " or ".join([*words, *(["null"] if NoneType in parts else [])])
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return ("one of " if len(arguments) > 2 else "") + ", ".join(map(str, arguments[:-1])) + f" or {arguments[-1]}"
+        *first, last = map(str, arguments)
+        return ("one of " if len(first) > 1 else "") + (f"{', '.join(first)} or {last}" if first else last)
     if origin is tuple:
         if arguments[-1] is Ellipsis:
             return f"a list, each {_expected(arguments[0], [])}"
