@@ -225,3 +225,10 @@ def test_other_columns_are_refused(toys: Toys, trueline: Commands, tmp_path: Pat
         assert not (tmp_path / f"{name}.jsonl").exists()
     assert "--model" in trueline("convert", path, tmp_path / "x.jsonl").refused()
     assert "OUT.mindrecord" in trueline("convert", toys.data("messages.jsonl"), tmp_path / "x").refused()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "reward"])
+def test_nothing_is_written_of_pairs_that_are_all_equal(toys: Toys, trueline: Commands, tmp_path: Path, kind: str) -> None:
+    (tmp_path / "equal.jsonl").write_text('{"prompt": "one", "chosen": "two", "rejected": "two"}\n')
+    done = trueline("convert", tmp_path / "equal.jsonl", tmp_path / "out.mindrecord", "--model", toys.model(), "--kind", kind)
+    assert "in every record both answers are equal" in done.refused() and not list(tmp_path.glob("out*"))

@@ -147,6 +147,8 @@ def _to_mindrecord(source: Path, target: Path, model: Path | None, lengths: tupl
         except (ValueError, UserError) as problem:
             problems.add(located.where, f"{problem}{'' if isinstance(problem, UserError) else ' (--prompt-length, --length)'}")
     problems.stop()
+    if not rows:
+        raise UserError(f"no pairs in {source}: in every record both answers are equal")
     if equal:
         print(equal_note(equal))
     if kind == "dpo":
