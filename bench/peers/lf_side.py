@@ -9,7 +9,6 @@ import importlib.machinery
 import json
 import shutil
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,10 @@ from llamafactory.extras.env import VERSION  # noqa: E402
 from llamafactory.train.sft import workflow  # noqa: E402
 from llamafactory.train.tuner import run_exp  # noqa: E402
 from sides import SIZE, serve  # noqa: E402
-from transformers import PreTrainedTokenizerFast, TrainerCallback  # noqa: E402
+from steps import Clock  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 ROW = 2048  # rows have to be multiples of 8: it pads the tokens to that, but not their positions
-
-
-class Clock(TrainerCallback):
-    """Seconds and loss of every step."""
-
-    def __init__(self) -> None:
-        self.began, self.seconds, self.losses = 0.0, [], []
-
-    def on_step_begin(self, args, state, control, **more):
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **more):
-        self.seconds.append(time.perf_counter() - self.began)
-
-    def on_log(self, args, state, control, logs=None, **more):
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
 
 
 def counting(base: type, tokens: list[int]) -> type:

@@ -4,7 +4,6 @@
 has left `peer.safetensors` there: the largest difference between its log-probabilities, values and scores and ours on the same tokens.
 """
 
-import argparse
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from sides import PPO_ANSWER, PPO_ANSWERS, PPO_PROMPT, draw_prompts, serve
+from sides import PPO_ANSWER, PPO_ANSWERS, PPO_PROMPT, draw_prompts, serve_ppo
 
 from trueline.config.load import from_any
 from trueline.config.schema import PpoStageConfig
@@ -123,13 +122,5 @@ def train(folder: Path, iterations: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("iterations", type=int)
-    given = parser.parse_args()
-    serve(lambda: train(given.folder, given.iterations))
-
-
 if __name__ == "__main__":
-    main()
+    serve_ppo(train)

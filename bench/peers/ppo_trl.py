@@ -4,7 +4,6 @@
 log-probabilities, values and scores.
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import transformers
 import trl
 from datasets import Dataset
 from safetensors.torch import save_file
-from sides import PPO_ANSWER, PPO_ANSWERS, draw_prompts, serve
+from sides import PPO_ANSWER, PPO_ANSWERS, draw_prompts, serve_ppo
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -131,13 +130,5 @@ def train(folder: Path, iterations: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("iterations", type=int)
-    given = parser.parse_args()
-    serve(lambda: train(given.folder, given.iterations))
-
-
 if __name__ == "__main__":
-    main()
+    serve_ppo(train)

@@ -1,5 +1,6 @@
 """What every side of the comparison needs: sizes, PPO's prompts, and how it answers `compare.py`. It imports little: memory counts."""
 
+import argparse
 import json
 import os
 import sys
@@ -47,6 +48,15 @@ def serve(run: Callable[[], dict[str, Any]]) -> None:
         found |= {"peak_mb": peak_mb(), "base_mb": base, "whole": time.perf_counter() - began}
         replies.write(json.dumps(found) + "\n")
         replies.flush()
+
+
+def serve_ppo(train: Callable[[Path, int], dict[str, Any]]) -> None:
+    """`serve` for a PPO side: its arguments are the folder and how many iterations a reading has."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("iterations", type=int)
+    given = parser.parse_args()
+    serve(lambda: train(given.folder, given.iterations))
 
 
 def peak_mb() -> int:

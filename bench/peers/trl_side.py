@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +14,9 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig
 from sides import SIZE, serve
+from steps import Clock
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedTokenizerFast, TrainerCallback
-
-
-class Clock(TrainerCallback):
-    """Seconds and loss of every step."""
-
-    def __init__(self) -> None:
-        self.began, self.seconds, self.losses = 0.0, [], []
-
-    def on_step_begin(self, args, state, control, **more):
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **more):
-        self.seconds.append(time.perf_counter() - self.began)
-
-    def on_log(self, args, state, control, logs=None, **more):
-        if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+from transformers import PreTrainedTokenizerFast
 
 
 def in_order(base: type) -> type:

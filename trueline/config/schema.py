@@ -218,6 +218,10 @@ class RolloutConfig(Config):
     logprob_check: int = Field(10, ge=1)
     """The difference is measured in the first iteration and again after so many."""
 
+    @property
+    def memory_bytes(self) -> int | None:
+        return None if self.memory is None else int(self.memory * 2**30)
+
 
 class SamplingConfig(Config):
     max_new_tokens: int = Field(256, ge=1)

@@ -9,17 +9,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from trueline.config.schema import OptimizerConfig, PpoConfig, PpoStageConfig
-from trueline.data.cache import TokenPrompt, lengths
+from trueline.data.cache import TokenPrompt
 from trueline.data.sample import Sample, answered
 from trueline.data.stream import key, plan
 from trueline.model.batch import Batch, pack
 from trueline.model.heads import LanguageModel, Scorer, values_before
 from trueline.parallel.world import World
-from trueline.recipes.fit import TRIVIAL
+from trueline.recipes.fit import TRIVIAL, longest_items
 from trueline.recipes.generate import sampling_of
 from trueline.recipes.judges import Reward, score_samples
 from trueline.recipes.roles import Roles
@@ -107,7 +106,7 @@ class Actors:
             return list(zip(rollouts, self.reward.prepare(rollouts, [prompts[i] for i in indices]), strict=True))
 
         rollout = config.rollout
-        engine = Engine(self.roles.model, rollout.running, None if rollout.memory is None else int(rollout.memory * 2**30), rollout.packed)
+        engine = Engine(self.roles.model, rollout.running, rollout.memory_bytes, rollout.packed)
         self.clock.lap("idle")
         with Beside(work, len(prompts), samples if config.reward.overlap else len(prompts)) as beside:
 
@@ -247,14 +246,15 @@ def burn_in(actors: Actors, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample
     config, roles, budget = actors.config, actors.roles, actors.budget
     rollouts = longest_rollouts(config, prompts)
     rollouts = rollouts[: -(-len(rollouts) // config.ppo.minibatches)]
-    mixed = sorted(ptx, key=len, reverse=True)[: len(rollouts)]
+    mixed = longest_items(ptx, len(rollouts))
     sizes = [len(r.prompt) + len(r.tokens) for r in rollouts]
 
     def fullest(tokens: int) -> list[Rollout]:
         return [rollouts[i] for i in plan(sizes, tokens)[0][0]]
 
     def rehearse(tokens: int) -> None:
-        experience, _ = actors.appraise(fullest(tokens), [0.0] * len(fullest(tokens)), 0.0, tokens)
+        answers = fullest(tokens)
+        experience, _ = actors.appraise(answers, [0.0] * len(answers), 0.0, tokens)
         if roles.reward is not None:
             score_samples(roles.reward, [e.sample for e in experience], Budget(tokens, budget.say))
         packed = actors.pack(experience, tokens)
@@ -271,11 +271,9 @@ def burn_in(actors: Actors, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample
     if config.model.recompute == "auto":
         samples = [answered(r.prompt, r.tokens, roles.model.decoder.config.blocks) for r in fullest(budget.room(sizes))]
         batch = pack(samples).to(actors.world.device)
-        chosen: dict[int, int] = {}
         for module in (roles.model, roles.critic):
-            decoder = module.decoder
-            budget.say(choose_recompute(decoder, module.role, batch, len(batch.tokens), actors.optimizers.values(), config.batch.memory))
-            decoder.recompute = chosen[id(decoder)] = max(decoder.recompute, chosen.get(id(decoder), 0))
+            optimizers = actors.optimizers.values()
+            budget.say(choose_recompute(module.decoder, module.role, batch, len(batch.tokens), optimizers, config.batch.memory))
         budget.relieve = partial(recompute_all, [roles.model.decoder, roles.critic.decoder])
     if min(budget.room(sizes), sum(sizes)) >= TRIVIAL:
         budget.fit([*sizes, *map(len, mixed)], rehearse)
@@ -283,6 +281,6 @@ def burn_in(actors: Actors, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample
 
 def longest_rollouts(config: PpoStageConfig, prompts: Sequence[TokenPrompt]) -> list[Rollout]:
     """An iteration's answers if all prompts were the longest and no answer stopped."""
-    order, answer = np.argsort(-lengths(prompts), kind="stable")[: config.rollout.prompts], config.sampling.max_new_tokens
-    asked = [prompts[int(i)].tokens for i in order for _ in range(config.rollout.samples)]
+    answer = config.sampling.max_new_tokens
+    asked = [prompt.tokens for prompt in longest_items(prompts, config.rollout.prompts) for _ in range(config.rollout.samples)]
     return [Rollout(tokens, tokens[-1:] * answer, [0.0] * answer, "length") for tokens in asked]

@@ -125,8 +125,7 @@ def calibrate_ppo(config: PpoStageConfig, rollouts: Sequence[Rollout], recompute
 
     def generate(tokens: int) -> None:
         rollout = config.rollout
-        memory = None if rollout.memory is None else int(rollout.memory * 2**30)
-        engine = Engine(roles.model, rollout.running, memory, rollout.packed)
+        engine = Engine(roles.model, rollout.running, rollout.memory_bytes, rollout.packed)
         sampling = replace(sampling_of(config.sampling, roles.policy), max_new_tokens=tokens, stop=frozenset())
         running = rollouts[: config.rollout.running]
         with engine.hold():

@@ -143,16 +143,16 @@ def _packed(task: Task[T, B], items: Sequence[T], max_tokens: int, world: World)
 
 def settle_recompute(stage: Stage, task: Task[T, B], optimizer: Optimizer, world: World) -> str:
     """Chooses for the fullest micro-batch that a step can have; it may be of other records than the longest, which are measured."""
-    batch, items = stage.config.batch, longest_items(task, stage.config.batch.sequences)
-    fullest = cast(Any, micro_batches(task, items, batch.max_tokens, world)[0])
+    batch, items = stage.config.batch, longest_items(task.items, stage.config.batch.sequences)
+    fullest = cast(Any, next(_packed(task, items, batch.max_tokens, world)))
     tokens = min(batch.max_tokens, sum(len(item) for item in items))
     packed: Batch = getattr(fullest, "batch", fullest)
     return choose_recompute(stage.opened.decoder, stage.role, packed, tokens, [optimizer], batch.memory)
 
 
-def longest_items(task: Task[T, B], sequences: int) -> list[T]:
-    order = np.argsort(-lengths(task.items), kind="stable")[:sequences]
-    return [task.items[int(i)] for i in order]
+def longest_items(items: Sequence[T], count: int) -> list[T]:
+    """The longest of `items`, longest first, without making the others."""
+    return [items[int(i)] for i in np.argsort(-lengths(items), kind="stable")[:count]]
 
 
 def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: int, world: World) -> None:
@@ -160,7 +160,7 @@ def burn_in(task: Task[T, B], optimizer: Optimizer, budget: Budget, sequences: i
 
     Nothing is kept of it: every step seeds its own draws. The optimizer's moments come with the first update, and are not rehearsed.
     """
-    items = longest_items(task, sequences)
+    items = longest_items(task.items, sequences)
     sizes = [len(item) for item in items]
 
     def rehearse(tokens: int) -> None:

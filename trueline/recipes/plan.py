@@ -245,9 +245,7 @@ def _recompute(config: StageConfig, modules: dict[str, Any], optimizers: Sequenc
     for name, (module, batch) in modules.items():
         if config.model.recompute == "auto":
             memory = config.batch.memory or max(int(free * (1 - SPARE)) - weights, 1)
-            before = module.decoder.recompute
             said.append(f"{name}: {choose_recompute(module.decoder, module.role, batch, len(batch.inputs), optimizers, memory)}")
-            module.decoder.recompute = max(before, module.decoder.recompute)
         elif config.model.recompute:
             module.decoder.recompute = len(module.decoder.layers)
     return said
@@ -278,7 +276,8 @@ def _generating(config: PpoStageConfig, decoder: Decoder, prompt: int, answers: 
     longest = prompt + config.sampling.max_new_tokens
     stored = key_value_bytes(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, weight.element_size(), rows, prompt, longest)
     copies = weight_bytes(*decoder.layers) + sizes.vocab_size * sizes.hidden_size * weight.element_size() if packs else 0
-    room = free // 2 if config.rollout.memory is None else int(config.rollout.memory * 2**30)
+    room = config.rollout.memory_bytes
+    room = free // 2 if room is None else room
     return Peak(weights=copies, keys_values=min(stored, room), logits=3 * rows * sizes.vocab_size * 4)
 
 

@@ -77,16 +77,17 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     order: dict[str, Any] = {"seed": config.run.seed, "model": roles.policy.fingerprint}
     order |= {"rollout.prompts": config.rollout.prompts, "rollout.samples": config.rollout.samples}
     order |= {"data": items_fingerprint(prompts.train)}
-    budget = Budget(config.batch.max_tokens, print)
-    source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output, budget)
-    with Run("ppo", config.run, to_yaml(config), world) as run, open_reward(*source) as reward:
+    source = (config.reward, roles.policy, roles.reward, roles.reward_opened, config.run.output)
+    with (
+        Run("ppo", config.run, to_yaml(config), world) as run,
+        open_reward(*source, budget := Budget(config.batch.max_tokens, run.say)) as reward,
+    ):
         done = resume(run, order, trained, optimizers, lambda state: learning.restore(config.ppo, state))
         if run.finished(done, total):
             return
         run.begin(done, total, parents(config, roles.policy))
         for note in (*prompts.notes, *(f"data.ptx: {note}" for note in ptx.notes)):
             run.say(note)
-        budget.say = run.say
         actors = Actors(config, roles, optimizers, reward, world, budget)
         burn_in(actors, prompts.train, ptx.train)
         actors.clock.skip()

@@ -73,7 +73,7 @@ def choose_recompute(
     """Sets how many layers of `decoder` are recomputed, so that a micro-batch of `tokens` tokens fits `memory`; returns what and why.
 
     What a layer keeps is measured on `batch`. `memory` None is what the device has free. Gradients and states that are still to come count
-    as used.
+    as used. Never fewer than were chosen before: another role of the same trunk may need more.
     """
     optimizers = list(optimizers)
     free = math.floor(free_memory(batch.tokens.device) * (1 - SPARE)) if memory is None else memory
@@ -82,7 +82,7 @@ def choose_recompute(
     kept, again = (-(-n * tokens // len(batch.inputs)) for n in decoder.layer_memory(batch.inputs, batch.layout, role))
     room = free - max(gradients for gradients, _ in wanted) - (sum(states for _, states in wanted) - there) - logits_memory(decoder, tokens)
     layers = len(decoder.layers)
-    decoder.recompute = layers_to_recompute(room, layers, kept, again)
+    decoder.recompute = max(decoder.recompute, layers_to_recompute(room, layers, kept, again))
     fits = f"activations of {layers} layers take {layers * kept / 1e9:.2f} GB, there is room for {max(room, 0) / 1e9:.2f} GB"
     return f"model.recompute: auto recomputes {decoder.recompute} of {layers} layers; {fits} ({free / 1e9:.2f} GB of memory less the rest)"
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-AHEAD = 64  # columns that key/value memory grows by, at least
+from trueline.rollout.memory import AHEAD
 
 
 @dataclass(frozen=True)
