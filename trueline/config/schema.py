@@ -27,7 +27,7 @@ class ModelConfig(Config):
     init: Literal["load", "random"] = "load"
     """Read the weights, or draw them at random from the model's config (experiments)."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Number format of the weights; auto: bfloat16 on an accelerator, and to train (not in ppo) on a CPU with AMX from width 256 on."""
+    """Number format of the weights; auto: bfloat16 on an accelerator, and to train on a CPU with AMX from width 256 on."""
     adapter: AdapterConfig = AdapterConfig()
     """What is trained."""
     recompute: Literal["auto"] | bool = "auto"
@@ -210,8 +210,8 @@ class RolloutConfig(Config):
     memory: float | None = Field(None, gt=0)
     """GiB for keys and values; none is half of what is free. Answers that do not fit wait."""
     packed: bool = True
-    """In float32 on a CPU, answers of 16 tokens and more come from packed copies of the weights, made anew in every iteration: faster,
-    and as much memory again as the weights. false: from the trained weights themselves."""
+    """On a CPU, in float32 and with AMX in bfloat16, answers of 16 tokens and more come from packed copies of the weights, made anew in
+    every iteration: faster, and as much memory again as the weights. false: from the trained weights themselves."""
     logprob_gap: float = Field(1e-4, ge=0)
     """Up to this mean difference from training's, the rollout's own log-probabilities are taken and the policy is not run again to score
     its answers."""

@@ -86,10 +86,17 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> T
     """
     q = q.unflatten(1, (keys.shape[1], -1))
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64):
-        # two batched products: 1.5 to 3 times the speed of the fused CPU kernel, which is made for long queries
-        scores = torch.baddbmm(mask.flatten(0, 1), q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
-        return torch.bmm(scores.softmax(-1), values.flatten(0, 1)).view(q.shape).flatten(1, 2)
+        seen = attend_past(q.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), values.flatten(0, 1), mask.flatten(0, 1))
+        return seen.view(q.shape).flatten(1, 2)
     return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask).flatten(1, 2)
+
+
+def attend_past(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """`q` `[B, t, d]`, `keys` `[B, d, s]`, `values` `[B, s, d]`, `mask` `[B, 1, s]` -> `[B, t, d]`.
+
+    Two batched products: on a CPU 1.5 to 3 times the speed of the fused kernel, which is made for long queries.
+    """
+    return torch.bmm(torch.baddbmm(mask, q, keys, alpha=q.shape[-1] ** -0.5).softmax(-1), values)
 
 
 def decode_prefixed(q: Tensor, prefix_keys: Tensor, prefix_values: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:

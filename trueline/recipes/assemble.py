@@ -130,7 +130,7 @@ def _places(config: ModelConfig) -> tuple[Path, bool, str, Path]:
 def settle_dtype(config: C) -> C:
     """`config` with the dtype that model.dtype: auto means for training it: the one its run began with, else by device and size.
 
-    A rule, not a timing: the same command must choose the same on every day. Not for PPO: its rollouts are fastest in float32 on a CPU.
+    A rule, not a timing: the same command must choose the same on every day.
     """
     if config.model.dtype != "auto":
         return config

@@ -32,7 +32,7 @@ from trueline.recipes.assemble import DTYPES, base_folder, files_fingerprint, op
 from trueline.recipes.calibrate import NEW_TOKENS, calibrate_fit, calibrate_ppo
 from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, sft_samples, with_shared_prompts
 from trueline.rollout.engine import PROMPT_TOKENS
-from trueline.rollout.packed import PAYS, can_pack
+from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.train.budget import SPARE, choose_recompute
 from trueline.train.memory_plan import Peak, disk_bytes, fullest_of, highest, key_value_bytes
 from trueline.train.optimizer import Optimizer, make_optimizer
@@ -59,10 +59,9 @@ def run(stage: str, config: Any, calibrate: bool, as_json: bool) -> None:
     """Prints the plan as a table, or as one JSON object."""
     device, program = find_device(), _resident()
     free = {"memory": free_memory(device), "disk": _free_disk(config.run.output)}
-    if isinstance(config, PpoStageConfig):
-        forecast = ppo_forecast(config, device, free["memory"])
-    else:
-        forecast = fit_forecast(stage, settle_dtype(config), device, free["memory"])
+    config = settle_dtype(config)
+    ppo = isinstance(config, PpoStageConfig)
+    forecast = ppo_forecast(config, device, free["memory"]) if ppo else fit_forecast(stage, config, device, free["memory"])
     phases, seconds, notes = forecast.phases, None, list(forecast.said)
     if calibrate and highest(phases)[1].total < free["memory"]:
         phases, seconds = forecast.calibrate()
@@ -274,7 +273,8 @@ def _generating(config: PpoStageConfig, decoder: Decoder, prompt: int, answers: 
     """
     sizes, rows, weight = decoder.config, min(config.rollout.running, answers), decoder.embed.weight
     longest = prompt + config.sampling.max_new_tokens
-    stored = key_value_bytes(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, weight.element_size(), rows, prompt, longest)
+    width = PackedDecoder.stored.itemsize if packs else weight.element_size()
+    stored = key_value_bytes(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, width, rows, prompt, longest)
     copies = weight_bytes(*decoder.layers) + sizes.vocab_size * sizes.hidden_size * weight.element_size() if packs else 0
     room = config.rollout.memory_bytes
     room = free // 2 if room is None else room

@@ -21,7 +21,7 @@ from trueline.data.stream import key, plan, step_indices, total_samples, total_s
 from trueline.parallel.memory import peak_memory_mb
 from trueline.parallel.world import start_alone
 from trueline.recipes.actors import Actors, Clock, burn_in
-from trueline.recipes.assemble import publish
+from trueline.recipes.assemble import publish, settle_dtype
 from trueline.recipes.fit import resume, save, show_plan
 from trueline.recipes.judges import open_reward, sample_line
 from trueline.recipes.prepare import prompt_tokens, ptx_samples
@@ -55,6 +55,7 @@ class Learning:
 
 def run(config: PpoStageConfig, dry_run: bool = False) -> None:
     """Trains `config.model` on the prompts in `config.data`: the policy is left in `<run.output>/model`, every answer in samples.jsonl."""
+    config = settle_dtype(config)
     world = start_alone(config.mesh)
     roles = open_roles(config)
     family, tokenizer = roles.policy.folder.family, roles.policy.text()

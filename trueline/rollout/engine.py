@@ -154,7 +154,7 @@ class Engine:
     """Answers prompts with `model`, at most `running` at a time. Key/value memory exists inside `hold()` only.
 
     `budget`: bytes for keys and values, by default half of what is free when they are made. `packed`: whether the weights may be packed
-    (in float32 on the CPU, where answers may have `packed.PAYS` tokens or more).
+    (on the CPU as `packed.can_pack` says, where answers may have `packed.PAYS` tokens or more).
 
     >>> with engine.hold():
     ...     rollouts = engine.generate([[5, 6, 7], [8, 9]], Sampling(max_new_tokens=64, stop=frozenset({2})), seeds=[11, 12])
@@ -219,7 +219,8 @@ class Engine:
         self.memory = None  # before the new is made
         lengths = [len(p) + sampling.max_new_tokens for p in prompts]
         budget = free_memory(weight.device) // 2 if self.budget is None else self.budget
-        self.memory = make_memory(config, weight.dtype, weight.device, lengths, rows, budget)
+        stored = self.decoder.stored if isinstance(self.decoder, PackedDecoder) else weight.dtype
+        self.memory = make_memory(config, stored, weight.device, lengths, rows, budget)
         if self.graphs is not None and self.memory.table is None:
             self.memory.reserve(rows, [max(lengths)], max(lengths))  # at once: a memory that grows moves, and recordings end
         stops = torch.zeros(config.vocab_size, dtype=torch.bool, device=weight.device)

@@ -5,12 +5,13 @@ neither: it is read where the model has it, once for all requests.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from trueline.errors import RunError
-from trueline.model.attention import decode_attention, decode_prefixed
+from trueline.model.attention import attend_past, decode_attention, decode_prefixed
 from trueline.model.decoder import DecoderConfig
 from trueline.model.layout import Packed, block_positions, count_up
 from trueline.rollout.decode import cached_attention, kernel_for
@@ -79,6 +80,25 @@ class Slots:
     def past(self, rows: int, length: int, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `length` tokens of rows 0 .. `rows` - 1: two `[rows, G, length, d]`."""
         return self.keys[layer, :rows, :, :length], self.values[layer, :rows, :, :length]
+
+    def views(self, index: Tensor, length: int) -> "Views":
+        """Of rows 0 .. N - 1, whose newest tokens are number `index` `[N]` and whose past has at most `length` tokens."""
+        rows, heads, columns = self.keys.shape[1:4]
+        past_keys, past_values = (x[:, : len(index), :, :length].flatten(1, 2) for x in (self.keys, self.values))
+        places = torch.arange(0, rows * heads * columns, columns)[: len(index) * heads] + index.repeat_interleave(heads)
+        keys, values = (x.flatten(1, 3).unbind() for x in (self.keys, self.values))
+        return Views(keys, values, places, past_keys.transpose(2, 3).unbind(), past_values.unbind())
+
+
+@dataclass(frozen=True)
+class Views:
+    """Each layer's part of slots, cut once for all layers of a step on a CPU, where cutting takes as long as computing."""
+
+    keys: tuple[Tensor, ...]  # all there is [rows x G x columns, d]
+    values: tuple[Tensor, ...]
+    places: Tensor  # of the newest keys and values among them [N x G]
+    past_keys: tuple[Tensor, ...]  # [N x G, d, length]
+    past_values: tuple[Tensor, ...]  # [N x G, length, d]
 
 
 class Pages:
@@ -264,6 +284,21 @@ class Decode:
         if not self.masks:
             return cached_attention(q, self.memory.keys[layer], self.memory.values[layer], self.lengths, window, self.memory.table)
         return decode_attention(q, *self.memory.past(len(q), self.longest, layer), self.masks[window])
+
+    @cached_property
+    def views(self) -> Views | None:
+        """For `attend_groups`: of slots, without a learned prefix."""
+        fits = isinstance(self.memory, Slots) and all(mask.shape[-1] == self.longest for mask in self.masks.values())
+        return self.memory.views(self.columns, self.longest) if fits and self.masks else None  # type: ignore[union-attr]
+
+    def attend_groups(self, layer: int, heads: Tensor, window: int | None) -> Tensor:
+        """`attend` where there are `views`: `heads` `[N x G, H / G + 2, d]`, a key head's queries, key and value -> `[N x G, H / G, d]`."""
+        views = self.views
+        assert views is not None
+        shared = heads.shape[1] - 2
+        views.keys[layer].index_copy_(0, views.places, heads[:, shared])
+        views.values[layer].index_copy_(0, views.places, heads[:, shared + 1])
+        return attend_past(heads[:, :shared], views.past_keys[layer], views.past_values[layer], self.masks[window].flatten(0, 1))
 
     def attend_prefixed(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None

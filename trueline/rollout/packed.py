@@ -1,10 +1,13 @@
-"""A decoder packed for the length of one `hold()`: float32 on the CPU. One rule: it is made anew at every hold, so it is never stale.
+"""A decoder packed for the length of one `hold()`, on the CPU. One rule: it is made anew at every hold, so it is never stale.
 
-The same network as `Decoder`, with fewer and faster steps: LoRA and norm weights folded into the matrices, q, k and v in one, each matrix
-in the order in which oneDNN's kernel reads it, and residuals, SwiGLU and rotary embedding done in place of a pass of their own.
+The same network as `Decoder`, with fewer and faster steps: LoRA folded into the matrices, q, k and v in one, each matrix in the order in
+which oneDNN's kernel reads it, and residuals, SwiGLU and rotary embedding done in place of a pass of their own. In float32 the norms'
+weights are folded in too. In bfloat16 only the matrices and what goes in and out of them have 16 bits: all between them, and keys and
+values, is float32, so it rounds less than the decoder does.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -14,21 +17,26 @@ from torch import Tensor, nn
 from trueline.model.adapters import low_ranks
 from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix, rotation
 from trueline.model.layout import Layout, Prefixed
+from trueline.parallel.world import fast_bfloat16
+from trueline.rollout.memory import Decode
 
 PAYS = 16  # tokens: packing costs as much time as it saves in about so many steps, on 25 million weights and 16 to 64 requests
 LARGE, SMALL, STEP = 256, 64, 8  # rows a kernel is called with: it is compiled for each number of rows, in about a millisecond
 
 
 def can_pack(decoder: Decoder) -> bool:
-    """float32 on the CPU, in a PyTorch built with oneDNN."""
+    """float32, or bfloat16 where the CPU computes in it, in a PyTorch built with oneDNN."""
     weight = decoder.embed.weight
     built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     whole = type(weight.detach()) is Tensor  # not one rank's part of it
-    return built and whole and weight.device.type == "cpu" and weight.dtype == torch.float32
+    known = weight.dtype == torch.float32 or weight.dtype == torch.bfloat16 and fast_bfloat16()
+    return built and whole and weight.device.type == "cpu" and known
 
 
 class PackedDecoder(nn.Module):
-    """`decoder` as `role` uses it. `head` belongs to this forward: it carries the weight of the final norm."""
+    """`decoder` as `role` uses it. `head` belongs to this forward: in float32 it carries the weight of the final norm."""
+
+    stored = torch.float32  # keys and values
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, role: str | None):
@@ -37,21 +45,31 @@ class PackedDecoder(nn.Module):
         self.embed = decoder.embed
         self.order = _channel_order(config)
         self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order) for block in decoder.layers)
-        self.end, after = _fold(decoder.norm, config)
-        self.head = PackedHead(cast(nn.Linear, decoder.head).weight * after)
+        weight = cast(nn.Linear, decoder.head).weight
+        self.end, after = _fold(decoder.norm, config, weight.dtype)
+        self.head = PackedHead(weight if after is None else weight * after)
+        self.turns = torch.empty(0)
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
-        self.prefix = None if prefix is None else (prefix.keys.detach()[..., self.order], prefix.values.detach())
+        self.prefix = None if prefix is None else (prefix.keys.detach()[..., self.order].float(), prefix.values.detach().float())
 
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
         """States `[T, D]` for `head`, of packed `tokens` `[T]`."""
         if self.prefix is not None:
             layout = Prefixed(layout, *self.prefix, self.config.prefix_shifts)
-        turn = torch.complex(*rotation(layout.positions, self.config)).flatten(2)
-        x = F.embedding(F.pad(tokens, (0, -len(tokens) % STEP)), self.embed.weight)
+        turn = self._turn(layout.positions)[:, None]
+        x = F.embedding(F.pad(tokens, (0, -len(tokens) % STEP)), self.embed.weight).float()
         pieces = _pieces(len(x))
         for layer in self.layers:
             x = layer(x, layout, turn, pieces)
         return self.end(x[: len(tokens)])
+
+    def _turn(self, positions: Tensor) -> Tensor:
+        """`rotation` of `positions`, as complex numbers `[T, 1, channels / 2]`: read from a table of those that came up so far."""
+        if positions.dim() == 2:  # ChatGLM-6B's two rows
+            return torch.complex(*rotation(positions, self.config)).flatten(2)
+        if (longest := int(positions.max()) + 1) > self.turns.shape[0]:
+            self.turns = torch.complex(*rotation(torch.arange(2 * longest), self.config)).flatten(2)
+        return self.turns[positions]
 
 
 class PackedBlock(nn.Module):
@@ -62,52 +80,78 @@ class PackedBlock(nn.Module):
         attention, mlp = block.attention, block.mlp
         self.layer, self.head_dim, self.window, self.eps = attention.layer, config.head_dim, attention.window, config.norm_eps
         heads, groups = config.num_heads, config.num_kv_heads
-        self.split = [heads, groups, groups]
+        self.groups, self.shared = groups, heads // groups
+        self.dtype = attention.q.weight.dtype
+        self.wide = self.dtype == torch.float32
         merged = _merged(attention, role) | _merged(mlp, role)
         for name in "qk":
             merged[name] = tuple(None if x is None else _reorder_channels(x, order) for x in merged[name])  # type: ignore[assignment]
-        bias = None if merged["q"][1] is None else torch.cat([cast(Tensor, merged[name][1]) for name in "qkv"])
+        weight, bias = (self._grouped([merged[name][part] for name in "qkv"]) for part in (0, 1))
+        assert weight is not None
         self.residual_scale = config.residual_scale
-        (self.attention_norm, into), (self.mlp_norm, after) = (_fold(norm, config) for norm in (block.attention_norm, block.mlp_norm))
-        self.qkv = _pack(torch.cat([merged[name][0] for name in "qkv"]) * into), bias
-        self.o = _pack(merged["o"][0]), merged["o"][1]
-        self.gate = (_pack(merged["gate"][0] * after), merged["gate"][1]) if config.gated else None
-        self.up = _pack(merged["up"][0] * after), merged["up"][1]
-        self.down = _pack(merged["down"][0]), merged["down"][1]
-        self.head_norms: Tensor | None = None  # [H + G, d]: a query's or key's own norm
+        self.attention_norm, into = _fold(block.attention_norm, config, self.dtype)
+        self.mlp_norm, after = _fold(block.mlp_norm, config, self.dtype)
+
+        def pack(weight: Tensor, columns: Tensor | None = None) -> Tensor:
+            return _pack((weight if columns is None else weight * columns).to(self.dtype))
+
+        self.qkv = pack(weight, into), bias
+        self.o = pack(merged["o"][0]), merged["o"][1]
+        self.gate = (pack(merged["gate"][0], after), merged["gate"][1]) if config.gated else None
+        self.up = pack(merged["up"][0], after), merged["up"][1]
+        self.down = pack(merged["down"][0]), merged["down"][1]
+        self.head_norms: Tensor | None = None  # [H / G + 1, d]: a query's or key's own norm
         if config.qk_norm:
-            norms = ((attention.q_norm, heads), (attention.k_norm, groups))
-            self.head_norms = torch.cat([norm.weight.detach()[order].expand(count, -1) for norm, count in norms])
-        self.post_norms = (block.attention_post_norm, block.mlp_post_norm) if config.post_norms else None
+            norms = ((attention.q_norm, self.shared), (attention.k_norm, 1))
+            self.head_norms = torch.cat([norm.weight.detach()[order].float().expand(count, -1) for norm, count in norms])
+        after_norms = (block.attention_post_norm, block.mlp_post_norm)
+        self.post_norms = [_plain_norm(norm) for norm in after_norms] if config.post_norms else None
 
     def forward(self, x: Tensor, layout: Layout, turn: Tensor, pieces: list[int]) -> Tensor:
-        heads = _by_pieces(self._before, pieces, x).unflatten(-1, (-1, self.head_dim))[: len(turn)]
-        turning = heads[:, : sum(self.split[:2])]
+        count, rows = turn.shape[0], x.shape[0]
+        heads = _by_pieces(self._before, pieces, x).float().view(rows, self.groups, -1, self.head_dim)
+        if count < rows:
+            heads = heads[:count]
+        turning = heads[:, :, : self.shared + 1]
         if self.head_norms is not None:
             turning.copy_(F.rms_norm(turning, (self.head_dim,), eps=self.eps).mul_(self.head_norms))
-        turned = torch.view_as_complex(turning.unflatten(-1, (-1, 2)))
-        turned[..., : turn.shape[-1]] *= turn
-        q, k, v = heads.split(self.split, dim=1)
-        seen = layout.attend(self.layer, q, k, v, self.window).flatten(1)
-        if len(seen) < len(x):
-            seen = F.pad(seen, (0, 0, 0, len(x) - len(seen)))
+        turned = torch.view_as_complex(turning.view(count, self.groups, self.shared + 1, -1, 2))
+        turned[..., : turn.shape[-1]].mul_(turn)
+        if isinstance(layout, Decode) and layout.views is not None:
+            seen = layout.attend_groups(self.layer, heads.flatten(0, 1), self.window).view(count, -1)
+        else:
+            q, k, v = heads[:, :, : self.shared].flatten(1, 2), heads[:, :, self.shared], heads[:, :, self.shared + 1]
+            seen = layout.attend(self.layer, q, k, v, self.window).flatten(1)
+        if count < rows:
+            seen = F.pad(seen, (0, 0, 0, rows - count))
         return _by_pieces(self._after, pieces, seen, x)
 
+    def _grouped(self, parts: list[Tensor | None]) -> Tensor | None:
+        """Rows of q, k and v, weights or biases, in one: each key head's queries, then its key, then its value."""
+        if any(part is None for part in parts):
+            return None
+        return torch.cat([cast(Tensor, part).unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
+
     def _before(self, x: Tensor) -> Tensor:
-        return _linear(self.attention_norm(x), *self.qkv)
+        return _linear(self.attention_norm(x).to(self.dtype), *self.qkv)
 
     def _after(self, seen: Tensor, x: Tensor) -> Tensor:
         kept = x if self.residual_scale is None else self.residual_scale * self.attention_norm(x)
-        x = _linear_with(seen, kept, *self.o, "add") if self.post_norms is None else kept + self.post_norms[0](_linear(seen, *self.o))
+        x = self._add(kept, seen.to(self.dtype), self.o, 0)
         normed = self.mlp_norm(x)
         kept = x if self.residual_scale is None else self.residual_scale * normed
+        normed = normed.to(self.dtype)
         if self.gate is None:
             product = _linear(normed, *self.up, "gelu", "tanh")
         else:
             product = _linear_with(normed, _linear(normed, *self.gate, "swish"), *self.up, "mul")
-        if self.post_norms is None:
-            return _linear_with(product, kept, *self.down, "add")
-        return kept + self.post_norms[1](_linear(product, *self.down))
+        return self._add(kept, product, self.down, 1)
+
+    def _add(self, kept: Tensor, x: Tensor, linear: tuple[Tensor, Tensor | None], half: int) -> Tensor:
+        """`kept` + the linear of `x`; the kernel adds where both are float32."""
+        if self.post_norms is not None:
+            return kept + self.post_norms[half](_linear(x, *linear).float())
+        return _linear_with(x, kept, *linear, "add") if self.wide else kept + _linear(x, *linear)
 
 
 class PackedHead(nn.Module):
@@ -115,29 +159,43 @@ class PackedHead(nn.Module):
 
     def __init__(self, weight: Tensor):
         super().__init__()
-        self.weight = _pack(weight)
+        self.weight, self.dtype = _pack(weight), weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         rows = F.pad(x, (0, 0, 0, -len(x) % STEP)) if len(x) % STEP else x
-        return _by_pieces(lambda part: _linear(part, self.weight, None), _pieces(len(rows)), rows)[: len(x)]
+        return _by_pieces(lambda part: _linear(part, self.weight, None), _pieces(len(rows)), rows.to(self.dtype))[: len(x)]
 
 
 class Scale:
-    """RMSNorm with its weight left to the matrix that follows: `x` `[T, D]` / sqrt(|x|^2 + D eps)."""
+    """RMSNorm of `x` `[T, D]`: x / sqrt(|x|^2 + D eps), times `weight`, or without one with it left to the matrix that follows."""
 
-    def __init__(self, root: float, eps: float):
-        self.floor = torch.tensor(root * eps**0.5)
+    def __init__(self, root: float, eps: float, weight: Tensor | None = None):
+        self.floor, self.weight = torch.tensor(root * eps**0.5), weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
+        scaled = x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.floor)
+        return scaled if self.weight is None else scaled.mul_(self.weight)
 
 
-def _fold(norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig) -> tuple[Scale | nn.LayerNorm, Tensor]:
-    """What is done to a state, and what the columns of the matrices that follow are multiplied by. A LayerNorm stays what it is."""
+def _fold(norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+    """What is done to a state, and what the columns of the matrices that follow are multiplied by.
+
+    A LayerNorm stays what it is. bfloat16 matrices stay what they are: multiplied, they would be rounded a second time.
+    """
     if isinstance(norm, nn.LayerNorm):
-        return norm, torch.ones(())
+        return _plain_norm(norm), None
     root = config.hidden_size**0.5
-    return Scale(root, config.norm_eps), norm.weight.detach() * root
+    weight = norm.weight.detach().float() * root
+    return (Scale(root, config.norm_eps), weight) if dtype == torch.float32 else (Scale(root, config.norm_eps, weight), None)
+
+
+def _plain_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:
+    """`norm`, an RMSNorm or a LayerNorm, on float32 states."""
+    assert isinstance(norm, nn.RMSNorm | nn.LayerNorm)
+    weight = norm.weight.detach().float()
+    if isinstance(norm, nn.LayerNorm):
+        return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=norm.bias.detach().float(), eps=norm.eps)
+    return partial(F.rms_norm, normalized_shape=list(weight.shape), weight=weight, eps=norm.eps)
 
 
 def _channel_order(config: DecoderConfig) -> Tensor:

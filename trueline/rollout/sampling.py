@@ -65,12 +65,13 @@ def sample(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
 
 def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """`sample`, and the tokens' log-probabilities `[N]` as `Rollout` defines them. May overwrite `logits`."""
-    if sampling.temperature not in (0, 1):
+    if sampling.temperature == 0:
+        top, tokens = logits.max(-1)  # on a CPU a third of argmax's time
+        return tokens, top - logits.logsumexp(-1)
+    if sampling.temperature != 1:
         logits /= sampling.temperature
     weights = logits.softmax(-1)
-    if sampling.temperature == 0:
-        tokens = logits.argmax(-1)  # of the logits: probabilities may have rounded to a tie
-    elif sampling.top_k:
+    if sampling.top_k:
         tokens = _nucleus(weights.topk(min(sampling.top_k, weights.shape[-1])), uniforms, sampling.top_p)
     elif sampling.top_p < 1:
         tokens = _top_p(weights, uniforms, sampling.top_p, CANDIDATES)
