@@ -94,6 +94,8 @@ def write_models(folder: Path, place: Path) -> None:
         settings = json.loads((folder / "ppo" / "config.json").read_text())  # in the words of transformers 5, which 4 does not know
         settings |= {"torch_dtype": settings.pop("dtype"), "rope_theta": settings.pop("rope_parameters")["rope_theta"]}
         (place / name / "config.json").write_text(json.dumps(settings))
+        ends = {"eos_token_id": settings["eos_token_id"], "pad_token_id": settings["pad_token_id"]}
+        (place / name / "generation_config.json").write_text(json.dumps(ends))  # without one it would generate without a cache
         write_tokenizer(place / name, settings["vocab_size"])
 
 
@@ -114,6 +116,7 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         "dataset": "bench",
         "dataset_dir": str(place),
         "template": "empty",
+        "disable_gradient_checkpointing": given.no_checkpointing,
         "overwrite_cache": True,
         "output_dir": str(place / "out"),
         "per_device_train_batch_size": PPO_ANSWERS,
