@@ -1,8 +1,8 @@
 """LLaMA-Factory 0.9.3's PPO, on trl 0.9.6, on given prompts, timed from inside (0.9.5 refuses that trl). Runs in an environment of its own.
 
-`python ppo_lf.py FOLDER ITERATIONS [--epochs N] --varied --columns FILE`. Its critic is a value head on the policy's trunk: it runs and trains
-one model less than the other sides. On a CPU it runs training and scoring under autocast, in bfloat16; to compare numbers, the passes
-of the first iteration are repeated without that and without dropout, outside the time that counts.
+`python ppo_lf.py FOLDER ITERATIONS [--epochs N] --varied --columns FILE`. Its critic is a value head on the policy's trunk: it runs and
+trains one model less than the other sides. Scoring and training run under autocast, on a CPU in bfloat16. To compare numbers, the passes of
+the first iteration are repeated without that and without dropout; that iteration's time does not count.
 """
 
 import argparse
@@ -116,7 +116,6 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         "dataset": "bench",
         "dataset_dir": str(place),
         "template": "empty",
-        "disable_gradient_checkpointing": given.no_checkpointing,
         "overwrite_cache": True,
         "output_dir": str(place / "out"),
         "per_device_train_batch_size": PPO_ANSWERS,

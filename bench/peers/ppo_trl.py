@@ -1,7 +1,8 @@
 """TRL 1.12's experimental PPO on given prompts (it is gone from 1.14 on). Runs in an environment of its own; answers `compare.py`.
 
-`python ppo_trl.py FOLDER ITERATIONS [--epochs N] [--varied] [--no-checkpointing] --columns FILE`. The first reading leaves its first iteration's
-tokens, log-probabilities, values and scores in the file. Set besides: the batch, and what has to be equal; no samples to look at.
+`python ppo_trl.py FOLDER ITERATIONS [--epochs N] [--varied] [--batch N] --columns FILE`. The first reading leaves the tokens of its first
+iteration in the file, with its log-probabilities, values and scores. Set besides: what has to be equal, and that no samples are made to
+look at. Recomputing and bfloat16, which it asks for by default, have no effect on its PPO.
 """
 
 import argparse
@@ -89,7 +90,8 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
     count = PPO_ANSWERS * given.iterations
     arguments = PPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=PPO_ANSWERS,
+        per_device_train_batch_size=given.batch,
+        gradient_accumulation_steps=PPO_ANSWERS // given.batch,
         num_ppo_epochs=given.epochs,
         total_episodes=count,
         num_sample_generations=0,
@@ -105,7 +107,6 @@ def train(given: argparse.Namespace) -> dict[str, Any]:
         save_strategy="no",
         logging_steps=1,
         dataloader_pin_memory=False,
-        **({"gradient_checkpointing": False} if given.no_checkpointing else {}),
     )
     prompts = draw_prompts(count, given.varied)
     trainer = PPOTrainer(

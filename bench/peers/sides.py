@@ -60,9 +60,9 @@ def serve_ppo(train: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
     parser.add_argument("iterations", type=int, help="of a reading")
     parser.add_argument("--epochs", type=int, default=1, help="passes over an iteration's answers, each of one update")
     parser.add_argument("--varied", action="store_true", help="lengths as people have them: prompts differ, and a stop token ends answers")
-    parser.add_argument("--columns", type=Path, nargs="+", required=True, help="a peer's first iteration: it writes one, ours checks them all")
+    parser.add_argument("--columns", type=Path, nargs="+", required=True, help="peers' first iterations: each writes its own")
     parser.add_argument("--dtype", default="float32", help="ours: of the weights and the arithmetic")
-    parser.add_argument("--no-checkpointing", action="store_true", help="TRL's: do not ask for recomputing")
+    parser.add_argument("--batch", type=int, default=PPO_ANSWERS, help="TRL's: answers of a micro-batch")
     given = parser.parse_args()
     serve(lambda: train(given))
 
