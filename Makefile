@@ -10,7 +10,7 @@ FIND_PYTHON = for p in $(CANDIDATES); do if $$p -c "$(USABLE)" > /dev/null 2>&1;
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 # bench/gpu_*.py wants a GPU to itself: run it by hand
 MEASUREMENTS = $(sort $(filter-out bench/gpu_%,$(wildcard bench/*.py)))
-PEERS := .venv-peers .venv-peers-ppo .venv-peers-lf
+PEERS := .venv-peers .venv-peers-ppo .venv-peers-lf .venv-peers-lf-ppo
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint frozen parity bench bench-peers
@@ -65,6 +65,7 @@ bench-peers: $(READY) ## measure trueline beside TRL, transformers and LLaMA-Fac
 .venv-peers/.ready: bench/peers/requirements.txt
 .venv-peers-ppo/.ready: bench/peers/requirements-ppo.txt
 .venv-peers-lf/.ready: bench/peers/requirements-lf.txt
+.venv-peers-lf-ppo/.ready: bench/peers/requirements-lf-ppo.txt
 $(PEERS:=/.ready): $(READY)
 	$(BIN)/python -m venv --clear $(@D)
 	$(@D)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --requirement $(filter %.txt,$^) \

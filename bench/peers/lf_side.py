@@ -25,7 +25,7 @@ from llamafactory.train.sft import workflow  # noqa: E402
 from llamafactory.train.tuner import run_exp  # noqa: E402
 from sides import SIZE, serve  # noqa: E402
 from steps import Clock  # noqa: E402
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from words import write_dataset, write_tokenizer  # noqa: E402
 
 ROW = 2048  # rows have to be multiples of 8: it pads the tokens to that, but not their positions
 
@@ -43,21 +43,9 @@ def counting(base: type, tokens: list[int]) -> type:
 
 def write_folder(model: Path, records: list[dict[str, list[int]]], folder: Path) -> Path:
     """The model with a tokenizer whose words are the tokens' numbers, and the records as text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     shutil.copytree(model, folder / "model", dirs_exist_ok=True)
-    size = json.loads((model / "config.json").read_text())["vocab_size"]
-    words = ["<pad>", "<end>", *(f"w{i}" for i in range(2, size))]  # special tokens are found inside words too
-    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<end>").save_pretrained(folder / "model")
-
-    def text(tokens: list[int]) -> str:
-        return " ".join(words[i] for i in tokens)
-
-    rows = [{"instruction": text(r["prompt"]), "input": "", "output": text(r["chosen"])} for r in records]
-    (folder / "bench.json").write_text(json.dumps(rows))
-    (folder / "dataset_info.json").write_text(json.dumps({"bench": {"file_name": "bench.json"}}))
+    write_tokenizer(folder / "model", json.loads((model / "config.json").read_text())["vocab_size"])
+    write_dataset(folder, records)
     return folder
 
 

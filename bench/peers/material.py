@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from sides import SIZES
+from sides import PPO, SIZES, STOP, STOP_RATE
 
 
 def write_model(folder: Path, **changes: Any) -> Path:
@@ -17,11 +17,34 @@ def write_model(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def write_scorer(folder: Path, seed: int, **changes: Any) -> Path:
-    """A random sequence classifier of one score, whose head is not zero."""
-    torch.manual_seed(seed)
-    transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**SIZES | changes, num_labels=1)).save_pretrained(folder)
-    return folder
+def write_ppo(place: Path) -> None:
+    """PPO's models: `ppo`, whose answers end (`make_it_stop`), `critic` on the same trunk, and `reward` on one of its own."""
+    settings = transformers.Qwen2Config(**SIZES | PPO)
+    torch.manual_seed(0)
+    policy = transformers.Qwen2ForCausalLM(settings)
+    make_it_stop(policy, STOP, STOP_RATE)
+    policy.save_pretrained(place / "ppo")
+    for name, trunk in {"critic": policy.model, "reward": None}.items():
+        scorer = transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**SIZES | PPO, num_labels=1))
+        if trunk is not None:
+            scorer.model.load_state_dict(trunk.state_dict())
+        scorer.save_pretrained(place / name)
+
+
+@torch.no_grad()
+def make_it_stop(model: Any, stop: int, rate: float) -> None:
+    """Makes `stop` about so probable after any other token, so that the lengths of answers are nearly geometric.
+
+    All embeddings get a direction in common, the hidden states of random weights keep part of it, and the head's row of `stop` points
+    along it. How far it has to is measured on random tokens.
+    """
+    size = model.config.vocab_size
+    common = torch.nn.functional.normalize(torch.randn(model.config.hidden_size), dim=0)
+    model.model.embed_tokens.weight += 60 * model.config.initializer_range * common
+    hidden = model.model(torch.randint(2, size, (8, 96))).last_hidden_state
+    others = torch.cat([model.lm_head.weight[:stop], model.lm_head.weight[stop + 1 :]])
+    wanted = (hidden @ others.T).logsumexp(-1) + torch.tensor(rate / (1 - rate)).log()
+    model.lm_head.weight[stop] = wanted.mean() / (hidden @ common).mean() * common
 
 
 def draw_records(count: int, vocabulary: int, seed: int = 0) -> list[dict[str, list[int]]]:

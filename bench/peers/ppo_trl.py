@@ -1,9 +1,11 @@
 """TRL 1.12's experimental PPO on given prompts (it is gone from 1.14 on). Runs in an environment of its own; answers `compare.py`.
 
-`python ppo_trl.py FOLDER ITERATIONS`. The first reading leaves the tokens of its first iteration in `peer.safetensors`, with its
-log-probabilities, values and scores.
+`python ppo_trl.py FOLDER ITERATIONS [--epochs N] [--varied] [--batch N] --columns FILE`. The first reading leaves the tokens of its first
+iteration in the file, with its log-probabilities, values and scores. Set besides: what has to be equal, and that no samples are made to
+look at. Recomputing and bfloat16, which it asks for by default, have no effect on its PPO.
 """
 
+import argparse
 import time
 from pathlib import Path
 from typing import Any
@@ -11,22 +13,23 @@ from typing import Any
 import torch
 import transformers
 import trl
+from columns import write_columns
 from datasets import Dataset
-from safetensors.torch import save_file
-from sides import PPO_ANSWER, PPO_ANSWERS, draw_prompts, serve_ppo
+from sides import PPO, PPO_ANSWER, PPO_ANSWERS, STOP, draw_prompts, serve_ppo
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-VOCABULARY = 32_000
+VOCABULARY = PPO["vocab_size"]
 
 
 class Notes:
     """What the trainer's own functions returned in its first iteration, and when each iteration began."""
 
-    def __init__(self) -> None:
+    def __init__(self, varied: bool) -> None:
+        self.varied = varied
         self.began: list[float] = []
         self.generated: list[float] = []
-        self.tokens: list[torch.Tensor] = []
+        self.texts: list[tuple[list[list[int]], list[list[int]]]] = []  # prompts and answers of each iteration, without padding
         self.rows: dict[str, list[torch.Tensor]] = {"logprobs": [], "rewards": []}
         self.originals = {name: getattr(ppo_trainer, name) for name in ("batch_generation", "selective_log_softmax", "get_reward")}
 
@@ -35,7 +38,7 @@ class Notes:
             self.began.append(time.perf_counter())
             found = self.originals["batch_generation"](*given, **more)
             self.generated.append(time.perf_counter())
-            self.tokens.append(found[0])
+            self.texts.append(self.real(given[1], found[0]))
             return found
 
         def noted(name: str, column: str, keep: Any) -> Any:
@@ -56,16 +59,19 @@ class Notes:
         for name, original in self.originals.items():
             setattr(ppo_trainer, name, original)
 
+    def real(self, queries: torch.Tensor, rows: torch.Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        answers = [row.tolist() for row in rows[:, queries.shape[1] :]]
+        if self.varied:
+            answers = [answer[: answer.index(STOP) + 1] if STOP in answer else answer for answer in answers]
+        return [query[query != VOCABULARY].tolist() for query in queries], answers
+
     def write(self, path: Path) -> None:
+        prompts, answers = self.texts[0]
         value, score = self.rows["rewards"]
-        columns = {
-            "tokens": self.tokens[0],
-            "logprobs": self.rows["logprobs"][0],
-            "ref_logprobs": self.rows["logprobs"][1],
-            "values": value[0][:, -PPO_ANSWER - 1 : -1, 0],
-            "scores": score[1],
-        }
-        save_file({name: x.contiguous() for name, x in columns.items()}, path)
+        logprobs, reference = self.rows["logprobs"]
+        columns = {"logprobs": logprobs, "ref_logprobs": reference, "values": value[0][:, -logprobs.shape[1] - 1 : -1, 0]}
+        real = {name: torch.cat([row[: len(a)] for row, a in zip(rows, answers, strict=True)]) for name, rows in columns.items()}
+        write_columns(path, prompts, answers, real | {"scores": score[1]})
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -77,25 +83,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="w1", padding_side="left")
 
 
-def train(folder: Path, iterations: int) -> dict[str, Any]:
+def train(given: argparse.Namespace) -> dict[str, Any]:
+    folder: Path = given.folder
     kinds = {"ppo": AutoModelForCausalLM, "critic": AutoModelForSequenceClassification, "reward": AutoModelForSequenceClassification}
     models = {name: kind.from_pretrained(folder / name, dtype=torch.float32) for name, kind in kinds.items()}
-    models["ppo"].generation_config.eos_token_id = None
+    count = PPO_ANSWERS * given.iterations
     arguments = PPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=PPO_ANSWERS,
-        gradient_accumulation_steps=1,
-        local_rollout_forward_batch_size=PPO_ANSWERS,
-        num_mini_batches=1,
-        num_ppo_epochs=1,
-        total_episodes=PPO_ANSWERS * iterations,
+        per_device_train_batch_size=given.batch,
+        gradient_accumulation_steps=PPO_ANSWERS // given.batch,
+        num_ppo_epochs=given.epochs,
+        total_episodes=count,
         num_sample_generations=0,
         response_length=PPO_ANSWER,
+        stop_token_id=STOP if given.varied else None,
         temperature=1.0,
         kl_coef=0.05,
         learning_rate=3e-6,
         lr_scheduler_type="constant",
-        gradient_checkpointing=False,
         use_cpu=True,
         bf16=False,
         report_to="none",
@@ -103,7 +108,7 @@ def train(folder: Path, iterations: int) -> dict[str, Any]:
         logging_steps=1,
         dataloader_pin_memory=False,
     )
-    prompts = draw_prompts(PPO_ANSWERS * iterations, VOCABULARY)
+    prompts = draw_prompts(count, given.varied)
     trainer = PPOTrainer(
         args=arguments,
         processing_class=tokenizer(),
@@ -114,16 +119,17 @@ def train(folder: Path, iterations: int) -> dict[str, Any]:
         train_dataset=Dataset.from_list([{"input_ids": p} for p in prompts]),
         eval_dataset=Dataset.from_list([{"input_ids": p} for p in prompts[:PPO_ANSWERS]]),
     )
-    with Notes() as notes:
+    with Notes(given.varied) as notes:
         trainer.train()
     ended = [*notes.began[1:], time.perf_counter()]
-    path = folder / "peer.safetensors"
+    path = given.columns[0]
     if not path.exists():
         notes.write(path)
     seconds = [end - begin for begin, end in zip(notes.began, ended, strict=True)]
     return {
         "seconds": seconds,
-        "tokens": [x.numel() for x in notes.tokens],
+        "tokens": [sum(len(row) for rows in pair for row in rows) for pair in notes.texts],
+        "columns": str(path),
         "split": {"generate": [end - begin for begin, end in zip(notes.began, notes.generated, strict=True)]},
         "losses": [],
         "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},

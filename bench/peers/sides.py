@@ -28,13 +28,16 @@ SIZES: dict[str, Any] = {
 SMALL: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
 PUBLISHED = SMALL | {"vocab_size": 151_936}  # Qwen2's vocabulary
 PPO = SMALL | {"vocab_size": 32_000}
-PPO_ANSWERS, PPO_PROMPT, PPO_ANSWER = 16, 32, 64  # answers an iteration, tokens of each prompt, tokens of each answer
+PPO_ANSWERS, PPO_PROMPT, PPO_ANSWER = 16, 32, 64  # answers an iteration, tokens of a prompt, most tokens of an answer
+STOP, STOP_RATE = 1, 1 / 32  # the token that ends an answer, and how probable it is after any other
 SIZE = 8  # records (or pairs) a step, on every side
 
 
-def draw_prompts(count: int, vocabulary: int) -> list[list[int]]:
-    """PPO's prompts, all of one length, so that nobody pads."""
-    return np.random.default_rng(1).integers(2, vocabulary, (count, PPO_PROMPT)).tolist()
+def draw_prompts(count: int, varied: bool) -> list[list[int]]:
+    """PPO's prompts: all of one length, so that nobody pads, or log-normal around that, as `draw_records` has them."""
+    draw = np.random.default_rng(1)
+    lengths = np.exp(draw.normal(np.log(PPO_PROMPT), 0.25, count)) if varied else np.full(count, PPO_PROMPT)
+    return [draw.integers(2, PPO["vocab_size"], max(2, int(length))).tolist() for length in lengths]
 
 
 def serve(run: Callable[[], dict[str, Any]]) -> None:
@@ -50,13 +53,18 @@ def serve(run: Callable[[], dict[str, Any]]) -> None:
         replies.flush()
 
 
-def serve_ppo(train: Callable[[Path, int], dict[str, Any]]) -> None:
-    """`serve` for a PPO side: its arguments are the folder and how many iterations a reading has."""
+def serve_ppo(train: Callable[[argparse.Namespace], dict[str, Any]]) -> None:
+    """`serve` for a PPO side."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("iterations", type=int)
+    parser.add_argument("iterations", type=int, help="of a reading")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over an iteration's answers, each of one update")
+    parser.add_argument("--varied", action="store_true", help="lengths as people have them: prompts differ, and a stop token ends answers")
+    parser.add_argument("--columns", type=Path, nargs="+", required=True, help="peers' first iterations: each writes its own")
+    parser.add_argument("--dtype", default="float32", help="ours: of the weights and the arithmetic")
+    parser.add_argument("--batch", type=int, default=PPO_ANSWERS, help="TRL's: answers of a micro-batch")
     given = parser.parse_args()
-    serve(lambda: train(given.folder, given.iterations))
+    serve(lambda: train(given))
 
 
 def peak_mb() -> int:
