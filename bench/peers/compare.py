@@ -72,9 +72,14 @@ def factory(*arguments: str, model: str = "model") -> Side:
     return Side("LLaMA-Factory, packing", "lf_side.py", (arguments[0], *places, *arguments[1:]), "lf")
 
 
-def rollout(case: str, batch: int, targets: dict[str, str]) -> Group:
-    sides = {name: Side(shown, "rollout_side.py", (name, case, str(batch))) for name, shown in ROLLOUT.items()}
-    return Group(f"rollout {case}", (sides.pop("trueline"),), tuple(sides.values()), targets=targets)
+def rollout(name: str, model: str, case: str, generate: str = "", batching: str = "") -> Group:
+    """16 requests at once. `generate`, `batching`: what is aimed at beside each of them."""
+    where = ("rollout_side.py", case, "16", model)
+    mine = [Side(dtype, where[0], ("trueline", *where[1:], "--dtype", dtype), near=dtype == "auto") for dtype in ("float32", "auto")]
+    peers = {"transformers, generate": ("generate", generate), "transformers, continuous batching": ("batching", batching)}
+    theirs = [Side(shown, where[0], (side, *where[1:])) for shown, (side, _) in peers.items()]
+    targets = {f"{side.name}, {shown}": target for side in mine for shown, (_, target) in peers.items() if target}
+    return Group(f"rollout {name}", tuple(mine), tuple(theirs), targets=targets)
 
 
 def ppo(name: str, arguments: tuple[str, ...], theirs: dict[str, tuple[str, ...]], targets: dict[str, str]) -> Group:
@@ -87,7 +92,6 @@ def ppo(name: str, arguments: tuple[str, ...], theirs: dict[str, tuple[str, ...]
     return Group(name, tuple(mine), tuple(peers), targets={f"{side.name}, {peer}": t for side in mine for peer, t in targets.items()})
 
 
-ROLLOUT = {"trueline": "float32", "generate": "transformers, generate", "batching": "transformers, continuous batching"}
 BEST = ("--batch", "1", "--no-checkpointing")
 PACKED = ("--padding-free", "--no-checkpointing")
 SFT = {"float32, TRL, default": "2.5 / 3", "float32, LLaMA-Factory, packing": "1.05 / 1.2", "auto, TRL, default": "4.5 / 6"}
@@ -148,8 +152,10 @@ GROUPS = (
         "dpo",
         targets={"float32, TRL, precomputed": "3 / 4.5"},
     ),
-    rollout("uniform", 16, {"float32, transformers, generate": "1.5 / 2", "float32, transformers, continuous batching": "3 / 5"}),
-    rollout("skewed", 16, {"float32, transformers, generate": "2.5 / 4", "float32, transformers, continuous batching": "3 / 5"}),
+    rollout("uniform", "qwen2_25m", "uniform", "1.5 / 2", "3 / 5"),
+    rollout("skewed", "qwen2_25m", "skewed", "2.5 / 4", "3 / 5"),
+    rollout("of a small model, uniform", "qwen2", "uniform"),
+    rollout("of a small model, skewed", "qwen2", "skewed"),
     ppo("ppo equal lengths", ("--epochs", "1"), {"TRL, one epoch": ("ppo", "ppo_trl.py")}, {}),
     ppo(
         "ppo default settings",
@@ -176,7 +182,7 @@ class Runner:
         if not python.exists():
             raise Unavailable(f"no environment for {side.environment}; name one with --environment {side.environment}=DIR")
         settings = {"OMP_NUM_THREADS": str(given.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        settings |= {"TRL_EXPERIMENTAL_SILENCE": "1", "OMP_WAIT_POLICY": "PASSIVE", "CUDA_VISIBLE_DEVICES": ""}
+        settings |= {"TRL_EXPERIMENTAL_SILENCE": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.errors = tempfile.TemporaryFile("w+")
         arguments = [a.format(place=place, steps=given.steps) for a in side.arguments]
         self.process = subprocess.Popen(
@@ -236,6 +242,8 @@ def difference(mine: dict[str, Any], peer: dict[str, Any], near: bool) -> str | 
     """In what the two sides' numbers differ, if they do."""
     if mine.get("answers") != peer.get("answers"):
         return "greedy tokens differ"
+    if not mine.get("gap", 0.0) <= NEAR:
+        return f"log-probabilities differ by {mine['gap']:.2g}"
     if "columns" in peer:
         apart, bound = mine["apart"].get(peer["columns"]), PPO_NEAR if near else PPO_EQUAL
         if not apart:
