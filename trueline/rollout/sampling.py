@@ -70,14 +70,15 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
         return tokens, top - logits.logsumexp(-1)
     if sampling.temperature != 1:
         logits /= sampling.temperature
-    weights = logits.softmax(-1)
+    # not softmax: in place, nothing of the vocabulary's size is made
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     if sampling.top_k:
         tokens = _nucleus(weights.topk(min(sampling.top_k, weights.shape[-1])), uniforms, sampling.top_p)
     elif sampling.top_p < 1:
         tokens = _top_p(weights, uniforms, sampling.top_p, CANDIDATES)
     else:
         tokens = _inverse_cdf(weights, uniforms)
-    return tokens, weights.gather(-1, tokens[:, None])[:, 0].log()
+    return tokens, (weights.gather(-1, tokens[:, None])[:, 0] / weights.sum(-1)).log()
 
 
 def _top_p(weights: Tensor, uniforms: Tensor, top_p: float, candidates: int) -> Tensor:
