@@ -57,9 +57,9 @@ bench: $(READY) ## measure trueline; JSON lines
 	@test -n "$(MEASUREMENTS)" || { echo "no measurements in bench/" >&2; exit 1; }
 	@set -e; for file in $(MEASUREMENTS); do echo "# $$file" >&2; $(BIN)/python $$file; done
 
-bench-peers: $(READY) ## measure trueline beside TRL, transformers and LLaMA-Factory; JSON lines and a table
+bench-peers: $(READY) ## measure trueline beside TRL, transformers and LLaMA-Factory; JSON lines and a table (ARGS=--write puts it into the docs)
 	-$(MAKE) --keep-going $(PEERS:=/.ready)
-	$(BIN)/python bench/peers/compare.py
+	$(BIN)/python bench/peers/compare.py $(ARGS)
 
 # a peer that cannot be installed is left out, and the table says so
 .venv-peers/.ready: bench/peers/requirements.txt
