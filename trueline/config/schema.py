@@ -33,6 +33,9 @@ class ModelConfig(Config):
     recompute: Literal["auto"] | bool = "auto"
     """Recompute layers in the backward pass instead of keeping their activations: less memory, up to a third more time; true: all layers;
     auto: as many as the free memory asks for, which is measured before the first step."""
+    compile: bool = False
+    """Training: compile what the layers do around attention; fewer passes over memory, after a start of up to a minute; needs g++, on a
+    GPU Triton too."""
 
 
 class DataConfig(Config):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trueline.data.sample import Blocks
+from trueline.model.compiled import compiled
 from trueline.model.layout import Layout, Prefixed
 from trueline.model.rotary import RopeScaling, speeds
 
@@ -168,13 +169,13 @@ class Attention(nn.Module):
         self.window = config.windows[layer] if config.windows else None
         self.adapters = nn.ModuleDict()  # role -> projection name -> LowRank
 
-    def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None) -> Tensor:
+    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, role: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of states `[T, D]`, turned: `[T, H, d]` and twice `[T, G, d]`."""
         # -1 heads: under tensor parallelism a rank holds a slice of them
         q, k, v = (project(self, name, x, role).unflatten(-1, (-1, self.config.head_dim)) for name in "qkv")
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *turn, self.config), rotate(k, *turn, self.config)
-        return project(self, "o", layout.attend(self.layer, q, k, v, self.window).flatten(1), role)
+        return rotate(q, cos, sin, self.config), rotate(k, cos, sin, self.config), v
 
 
 class MLP(nn.Module):
@@ -211,9 +212,22 @@ class Block(nn.Module):
         after = [nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if config.post_norms else nn.Identity() for _ in range(2)]
         self.attention_post_norm, self.mlp_post_norm = after
 
-    def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None, compile: bool = False) -> Tensor:
+        before, after = (compiled(f) if compile else f for f in (Block.before, Block.after))
+        kept, *heads = before(self, x, *turn, role)
+        mixed = layout.attend(self.attention.layer, *heads, self.attention.window).flatten(1)
+        del heads  # nothing but attention needs them
+        out: Tensor = after(self, kept, mixed, role)
+        return out
+
+    def before(self, x: Tensor, cos: Tensor, sin: Tensor, role: str | None) -> tuple[Tensor, ...]:
+        """What attention's output is added to, and its queries, keys and values."""
         seen = self.attention_norm(x)
-        x = self._kept(x, seen) + self.attention_post_norm(self.attention(seen, layout, turn, role))
+        return self._kept(x, seen), *self.attention.heads(seen, cos, sin, role)
+
+    def after(self, kept: Tensor, mixed: Tensor, role: str | None) -> Tensor:
+        """The layer's output from attention's, `mixed` `[T, H * d]`."""
+        x = kept + self.attention_post_norm(project(self.attention, "o", mixed, role))
         seen = self.mlp_norm(x)
         return self._kept(x, seen) + self.mlp_post_norm(self.mlp(seen, role))
 
@@ -234,6 +248,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = 0  # so many of the first layers are run again in the backward pass, in place of keeping their activations
+        self.compile_layers = False  # where gradients are made
         self.embed = embedding(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = make_norm(config)
@@ -248,10 +263,9 @@ class Decoder(nn.Module):
         turn = rotation(layout.positions, self.config)
         x = self.embed(tokens) if tokens.dim() == 1 else tokens
         for i, layer in enumerate(self.layers):
-            if i < self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, layout, turn, role, use_reentrant=False)
-            else:
-                x = layer(x, layout, turn, role)
+            given = (x, layout, turn, role, self.compile_layers and torch.is_grad_enabled())
+            recomputed = i < self.recompute and torch.is_grad_enabled()
+            x = checkpoint(layer, *given, use_reentrant=False) if recomputed else layer(*given)
         return self.norm(x)
 
     def layer_memory(self, tokens: Tensor, layout: Layout, role: str | None = None) -> tuple[int, int]:
@@ -274,7 +288,7 @@ class Decoder(nn.Module):
                 return saved
 
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-                held = layer(x, layout, turn, role)  # held until the count is done, so that no memory is used twice
+                held = layer(x, layout, turn, role, self.compile_layers)  # held until the count is done, so that no memory is used twice
             most = max(most, sum(kept.values()))
             del held
         return most, x.untyped_storage().nbytes()

@@ -24,6 +24,7 @@ from trueline.families.family import Family, stop_ids
 from trueline.families.folder import ModelFolder, load_decoder, load_score, open_folder, random_decoder, resolve
 from trueline.families.peft import Base, adapter_base, adapter_score, adapter_template, is_adapter, load_adapter, save_adapter
 from trueline.model.adapters import add_adapter, copy_adapter, halves, low_ranks, merge_adapter, remove_adapter, trainable
+from trueline.model.compiled import check_compiler
 from trueline.model.decoder import Decoder
 from trueline.model.heads import Scorer
 from trueline.parallel.world import fast_bfloat16, find_device
@@ -93,6 +94,9 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True) -> Opened
     else:
         decoder, score = random_decoder(folder, dtype, drawn, with_head=with_head).to(device), None
     decoder.recompute = len(decoder.layers) if config.recompute is True else 0  # auto: chosen when the batches are known
+    decoder.compile_layers = config.compile
+    if config.compile:
+        check_compiler(device)
     found = None
     if adapted:
         recorded = adapter_base(path)[1]
