@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trueline.config.schema import AdapterConfig, DpoConfig, OptimizerConfig
 from trueline.data.sample import Pair, Sample
+from trueline.data.shared import shared_pairs
 from trueline.model import heads
 from trueline.model.adapters import add_adapter, remove_adapter, trainable
 from trueline.model.attention import packed_attention, runs, varlen_kernel_for
@@ -222,7 +223,7 @@ def dpo(report: Report) -> None:
         pairs.append(Pair(*(Sample(prompt + answer, [False] * size + [True] * size) for answer in answers)))
     kinds = [("prompts run twice", pairs)]
     if "shared" in {field.name for field in fields(Pair)}:
-        kinds.append(("prompts run once", [replace(pair, shared=pair.common()) for pair in pairs]))  # type: ignore[attr-defined]
+        kinds.append(("prompts run once", list(shared_pairs(pairs))))
     reference = torch.zeros(2 * count, device=report.device)
     logprobs = []
     for name, some in kinds:

@@ -4,13 +4,14 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from trueline.config.schema import AdapterConfig, DpoConfig, RankingConfig
-from trueline.data.cache import items_fingerprint, lengths
-from trueline.data.sample import Blocks, Pair, sample_of
+from trueline.data.cache import Items, in_memory, items_fingerprint, lengths
+from trueline.data.sample import Blocks, Pair, Sample, sample_of
 from trueline.data.shared import bound, shared_pairs
 from trueline.model.adapters import adapter_parameters, add_adapter
 from trueline.model.batch import pack_pairs
@@ -132,14 +133,46 @@ def test_bfloat16_is_as_near_as_bfloat16_is() -> None:
         assert errors[1] < max(1.5 * errors[0], 0.01), (name, errors)
 
 
+def common(pair: Pair) -> int:
+    """One pair at a time: equal tokens before anything is trained, of contexts that end among them; both sides keep a token."""
+    sides = (pair.chosen, pair.rejected)
+    most = min(n for side in sides for n in (len(side) - 1, *(i for i, trained in enumerate(side.trained) if trained)))
+    same = next((i for i in range(most) if pair.chosen.tokens[i] != pair.rejected.tokens[i]), most)
+    alike = (sides[0].context, sides[0].anchor) == (sides[1].context, sides[1].anchor)
+    return same if alike and same >= pair.chosen.context else 0
+
+
 def test_what_is_shared() -> None:
     pairs = drawn_pairs()
-    assert [pair.common() for pair in pairs] == [12, 1, 7, 7, 0, 20]  # not the answers' first tokens, though equal
-    assert [pair.common() for pair in drawn_pairs(BLOCKS)] == [14, 3, 9, 9, 2, 22, 0]
-    bare = sample_of([1, 2, 3], [False] * 3, None)
-    assert Pair(bare, bare).common() == 2  # both keep a token of their own
     shared = shared_pairs(pairs)
-    assert [len(pair) for pair in shared] == lengths(shared).tolist() == [len(p) - p.common() for p in pairs]
+    assert shared.shared.tolist() == [12, 1, 7, 7, 0, 20]  # not the answers' first tokens, though equal
+    assert shared_pairs(drawn_pairs(BLOCKS)).shared.tolist() == [14, 3, 9, 9, 2, 22, 0]
+    bare = sample_of([1, 2, 3], [False] * 3, None)
+    assert shared_pairs([Pair(bare, bare)])[0].shared == 2  # both keep a token of their own
+    assert [len(pair) for pair in shared] == lengths(shared).tolist() == [len(p) - common(p) for p in pairs]
     assert bound(shared) == lengths(pairs).sum() / (lengths(pairs).sum() - 47)
     assert shared[1:3][0] == shared[1]
     assert items_fingerprint([*shared]) == items_fingerprint(pairs)
+
+
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["causal", "prefix"])
+def test_what_is_shared_is_told_from_the_arrays(blocks: Blocks | None) -> None:
+    """Of stored pairs in any order, over chunks, as of each pair by itself."""
+    draw = random.Random(5)
+
+    def side(prompt: list[int]) -> Sample:
+        tokens = prompt[: draw.randrange(len(prompt) + 1)] + [draw.randrange(5, 9) for _ in range(draw.randrange(1, 6))]
+        first = draw.randrange(len(tokens) + 1)
+        return sample_of(tokens, [i >= first and draw.random() < 0.7 for i in range(len(tokens))], blocks)
+
+    pairs = []
+    for _ in range(400):
+        prompt = [draw.randrange(5, 9) for _ in range(draw.randrange(9))]
+        pairs.append(Pair(side(prompt), side(prompt)))
+    chunks = [block for part in (pairs[:150], pairs[150:]) for block in in_memory("pair", lambda _, part=part: iter([part])).blocks]
+    order = np.array(draw.sample(range(400), 300))
+    items: Items[Pair] = Items(chunks, order)
+    assert list(items) == [pairs[i] for i in order]
+    expected = [common(pair) for pair in items]
+    assert shared_pairs(items).shared.tolist() == expected == shared_pairs(list(items)).shared.tolist()
+    assert len(set(expected)) > 4 and shared_pairs(Items([])).shared.tolist() == []

@@ -20,14 +20,14 @@ from typing import Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from trueline.data.conversation import Conversation, Message, Prompt
 from trueline.data.files import file_hash, sync
 from trueline.data.sample import Pair, Sample
 from trueline.errors import RunError, UserError, disk_full
 
-FORMAT = 2
+FORMAT = 3
 CHUNK = 10_000  # records; what a kill can cost
 MANIFEST = "manifest.json"
 _SIZES = struct.Struct("qq")  # tokens and context of a sample, in front of them in its digest
@@ -74,7 +74,7 @@ class Block:
             values = tokens.values
             ids = np.frombuffer(values.buffers()[1], np.uint32, len(values)) if len(values) else np.empty(0, np.uint32)
             bits = np.frombuffer(trained.values.buffers()[1], np.uint8) if len(values) else np.empty(0, np.uint8)
-            self.sides.append((offsets, ids, bits, batch.column(f"{side}context").to_numpy()))
+            self.sides.append((offsets, ids, bits, *(batch.column(f"{side}{name}").to_numpy() for name in ("context", "anchor"))))
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -91,6 +91,19 @@ class Block:
         """`digest` of each item."""
         return np.frombuffer(self.batch.column("digest").buffers()[1], "V16", len(self.batch))
 
+    def common(self) -> NDArray[np.int64]:
+        """Leading tokens of each pair whose states are the same on both sides: equal, before anything is trained, no context reaching
+        beyond them. Both sides keep a token of their own."""
+        (starts, ids, *_), (other_starts, other_ids, *_) = self.sides
+        trained = (np.flatnonzero(np.unpackbits(side[2], count=int(side[0][-1]), bitorder="little")) for side in self.sides)
+        count = np.min([_first(x, side[0], np.diff(side[0]) - 1) for x, side in zip(trained, self.sides, strict=True)], axis=0)
+        ends = np.concatenate([[0], count.cumsum()])
+        inside = np.arange(ends[-1]) - ends[:-1].repeat(count)
+        unequal = ids[starts[:-1].repeat(count) + inside] != other_ids[other_starts[:-1].repeat(count) + inside]
+        same = _first(np.flatnonzero(unequal), ends, count)
+        places, others = (np.stack(side[3:]) for side in self.sides)
+        return np.where((places == others).all(axis=0) & (same >= places[0]), same, 0)
+
     def item(self, i: int) -> Any:
         samples = [self._sample(side, i) for side in self.sides]
         if self.kind == "prompt":
@@ -101,10 +114,17 @@ class Block:
 
     @staticmethod
     def _sample(side: tuple[Any, ...], i: int) -> Sample:
-        offsets, ids, bits, contexts = side
+        offsets, ids, bits, contexts, anchors = side
         first, last = int(offsets[i]), int(offsets[i + 1])
         window = np.unpackbits(bits[first // 8 : -(-last // 8)], bitorder="little")[first % 8 : first % 8 + last - first]
-        return Sample(ids[first:last].tolist(), window.view(np.bool_).tolist(), int(contexts[i]))
+        anchor = int(anchors[i])
+        return Sample(ids[first:last].tolist(), window.view(np.bool_).tolist(), int(contexts[i]), None if anchor < 0 else anchor)
+
+
+def _first(places: NDArray[np.int64], starts: NDArray[np.int64], most: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How far the first of `places` (sorted) stands behind each start but the last one, which is an end; `most` at the most."""
+    found = np.append(places, np.iinfo(np.int64).max)[np.searchsorted(places, starts[:-1])]
+    return np.minimum(found - starts[:-1], most)
 
 
 class Items(Sequence[T], Generic[T]):
@@ -140,8 +160,15 @@ class Items(Sequence[T], Generic[T]):
 
     def digests(self) -> NDArray[np.void]:
         """`digest` of every item, without making any."""
-        found = [block.digests() for block in self._blocks]
-        return np.concatenate(found)[self._order] if found else np.empty(0, "V16")
+        return self._each(Block.digests, "V16")
+
+    def common(self) -> NDArray[np.int64]:
+        """`Block.common` of every pair, without making any."""
+        return self._each(Block.common, np.int64)
+
+    def _each(self, ask: Callable[[Block], NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
+        found = [ask(block) for block in self._blocks]
+        return np.concatenate(found)[self._order] if found else np.empty(0, dtype)
 
 
 def lengths(items: Sequence[Any]) -> NDArray[np.int64]:
@@ -183,18 +210,19 @@ class _Gathered:
     def __init__(self, kind: Kind):
         self.kind = kind
         self.records, self.digests, self.prompts = array("q"), bytearray(), list[bytes]()
-        self.sides = [(array("q", [0]), array("I"), bytearray(), array("i")) for _ in SIDES[kind]]
+        self.sides = [(array("q", [0]), array("I"), bytearray(), array("i"), array("i")) for _ in SIDES[kind]]
 
     def add(self, item: Any, record: int) -> None:
         self.records.append(record)
         samples = _samples(item)
         parts = [_parts(sample) for sample in samples]
         self.digests += _digest(parts)
-        for (offsets, tokens, trained, contexts), sample, (_, ids, bits) in zip(self.sides, samples, parts, strict=True):
+        for (offsets, tokens, trained, contexts, anchors), sample, (_, ids, bits) in zip(self.sides, samples, parts, strict=True):
             tokens.extend(ids)
             trained += bits
             offsets.append(len(tokens))
             contexts.append(sample.context)
+            anchors.append(-1 if sample.anchor is None else sample.anchor)
         if isinstance(item, TokenPrompt):
             talk = item.prompt.conversation
             whole = {"messages": [(m.role, m.content, m.tool) for m in talk.messages], "tools": talk.tools, "record": item.prompt.record}
@@ -204,11 +232,11 @@ class _Gathered:
         count = len(self.records)
         digests = pa.Array.from_buffers(pa.binary(16), count, [None, pa.py_buffer(bytes(self.digests))])
         columns: dict[str, pa.Array] = {"record": pa.array(np.array(self.records)), "digest": digests}
-        for name, (offsets, tokens, trained, contexts) in zip(SIDES[self.kind], self.sides, strict=True):
+        for name, (offsets, tokens, trained, *places) in zip(SIDES[self.kind], self.sides, strict=True):
             ends = pa.array(np.array(offsets))
             columns[f"{name}tokens"] = pa.LargeListArray.from_arrays(ends, pa.array(np.array(tokens, np.uint32)))
             columns[f"{name}trained"] = pa.LargeListArray.from_arrays(ends, pa.array(np.frombuffer(bytes(trained), np.bool_)))
-            columns[f"{name}context"] = pa.array(np.array(contexts, np.int32))
+            columns |= {f"{name}{of}": pa.array(np.array(x, np.int32)) for of, x in zip(("context", "anchor"), places, strict=True)}
         if self.kind == "prompt":
             columns["prompt"] = pa.array(self.prompts, pa.large_binary())
         return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))

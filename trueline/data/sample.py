@@ -32,19 +32,6 @@ class Pair:
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected) - self.shared
 
-    def common(self) -> int:
-        """Leading tokens whose states are the same on both sides: equal, before anything is trained, no context reaching beyond them.
-
-        Both sides keep a token of their own.
-        """
-        sides = (self.chosen, self.rejected)
-        ends = [next((i for i, trained in enumerate(side.trained) if trained), len(side) - 1) for side in sides]
-        count = min(*ends, len(self.chosen) - 1, len(self.rejected) - 1)
-        tokens = (side.tokens[:count] for side in sides)
-        same = next((i for i, (a, b) in enumerate(zip(*tokens, strict=True)) if a != b), count)
-        places = {(side.context, side.anchor) for side in sides}
-        return same if len(places) == 1 and same >= self.chosen.context else 0
-
 
 @dataclass(frozen=True)
 class Blocks:

@@ -7,7 +7,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from trueline.data.cache import lengths
+from trueline.data.cache import Items, in_memory, lengths
 from trueline.data.sample import Pair
 
 
@@ -39,7 +39,9 @@ class SharedPairs(Sequence[Pair]):
 
 
 def shared_pairs(pairs: Sequence[Pair]) -> SharedPairs:
-    return SharedPairs(pairs, np.array([pair.common() for pair in pairs], np.int64))
+    """Told from the arrays of `Items`; what are other pairs is laid into such first."""
+    items = pairs if isinstance(pairs, Items) else Items(in_memory("pair", lambda _: iter([pairs])).blocks)
+    return SharedPairs(pairs, items.common())
 
 
 def bound(pairs: SharedPairs) -> float:

@@ -24,7 +24,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*given: Any) -> Any:
         for x in given:
             if isinstance(x, Tensor):
-                torch._dynamo.maybe_mark_dynamic(x, 0)  # type: ignore[no-untyped-call]
+                torch._dynamo.maybe_mark_dynamic(x, 0)
         return inner(*given)
 
     return call
@@ -37,7 +37,7 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(_line)(torch.ones(8, device=device))
     except (RuntimeError, OSError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
+        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
         raise UserError(
             f"model.compile: true needs a compiler, and a trial failed ({lines[0] if lines else type(error).__name__}); "
             "install g++ (and Triton for a GPU), or set model.compile=false"

@@ -3,8 +3,9 @@
 Tokens are packed: every activation is `[T, D]`, several sequences end to end, told apart by a `Layout`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -213,12 +214,12 @@ class Block(nn.Module):
         self.attention_post_norm, self.mlp_post_norm = after
 
     def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None, compile: bool = False) -> Tensor:
-        before, after = (compiled(f) if compile else f for f in (Block.before, Block.after))
+        before: Callable[..., Any] = compiled(Block.before) if compile else Block.before
+        after: Callable[..., Tensor] = compiled(Block.after) if compile else Block.after
         kept, *heads = before(self, x, *turn, role)
         mixed = layout.attend(self.attention.layer, *heads, self.attention.window).flatten(1)
         del heads  # nothing but attention needs them
-        out: Tensor = after(self, kept, mixed, role)
-        return out
+        return after(self, kept, mixed, role)
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor, role: str | None) -> tuple[Tensor, ...]:
         """What attention's output is added to, and its queries, keys and values."""

@@ -27,7 +27,7 @@ from trueline.rollout.sampling import Rollout
 from trueline.train.beside import Beside
 from trueline.train.budget import Budget, choose_recompute, recompute_all
 from trueline.train.experience import Experience, ExperienceBatch, ModelScores, appraise, pack_experience
-from trueline.train.losses import kl, ppo_clipped, ppo_policy_loss, ppo_value_loss, sft_loss
+from trueline.train.losses import kl, ppo_clipped, ppo_policy_loss, ppo_value_loss
 from trueline.train.optimizer import Optimizer, learning_rate
 from trueline.train.step import Count, Losses, Objective, Totals, accumulate, train_step
 
@@ -201,7 +201,7 @@ def policy_objective(model: LanguageModel, ppo: PpoConfig, temperature: float) -
 
     def objective(item: PolicyBatch) -> tuple[Losses, Totals]:
         if item.ptx is not None:
-            loss = sft_loss(model(item.ptx), item.ptx.trained).sum()
+            loss = -model.total(item.ptx)
             return {"ptx tokens": ppo.ptx_coefficient * loss}, {"ptx_loss": (loss, item.ptx.trained.sum())}
         seen = item.experience
         assert seen is not None
