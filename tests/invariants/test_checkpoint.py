@@ -19,7 +19,6 @@ from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.heads import LanguageModel
 from trueline.parallel.world import World
 from trueline.train.checkpoint import choose, damage, load, newest, save
-from trueline.train.losses import sft_loss
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
 from trueline.train.step import Losses, Totals, train_step
 
@@ -44,7 +43,7 @@ def samples() -> list[Sample]:
 def advance(model: LanguageModel, optimizer: Optimizer, steps: range) -> list[float]:
     def objective(batch: Batch) -> tuple[Losses, Totals]:
         logprobs = torch.nn.functional.dropout(model(batch), 0.1)  # drawn anew each step, the same after a resume
-        return {"tokens": sft_loss(logprobs, batch.trained).sum()}, {}
+        return {"tokens": -(logprobs * batch.trained).sum()}, {}
 
     losses, records = [], samples()
     for step in steps:

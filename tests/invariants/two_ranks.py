@@ -12,7 +12,7 @@ from trueline.model.batch import Batch, pack_pairs
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.heads import LanguageModel
 from trueline.parallel.world import World, start, stop
-from trueline.train.losses import dpo_loss, sft_loss
+from trueline.train.losses import dpo_loss
 from trueline.train.optimizer import Optimizer
 from trueline.train.step import Losses, Totals, train_step
 
@@ -57,7 +57,7 @@ def gradients(batches: list[list[Pair]], world: World) -> tuple[dict[str, Tensor
         sums = batch.per_sequence(logprobs)
         losses = dpo_loss(sums[0::2], sums[1::2], torch.full_like(sums[0::2], -9.0), torch.full_like(sums[1::2], -8.0), beta=0.3)
         chosen = torch.tensor([True, False]).repeat(batch.num_sequences // 2)[batch.sequence()]
-        supervised = sft_loss(logprobs, batch.trained & chosen)
+        supervised = -logprobs * (batch.trained & chosen)
         accuracy = (sums[0::2] > sums[1::2]).double().sum()
         return {"pairs": losses.sum(), "tokens": 0.5 * supervised.sum()}, {"accuracy": (accuracy, len(losses))}
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.recipes.commands import Commands
+from tests.recipes.reading import records
 from tests.recipes.toys import KINDS, STAGES, Toys, lines
 from trueline.config.load import load_config
 from trueline.config.schema import STAGES as SCHEMAS
@@ -91,6 +92,44 @@ def test_the_peak_is_within_a_tenth_of_the_run_s(home: Path, toys: Toys, tmp_pat
     assert expected["peak"]["total"] == pytest.approx(found[0], rel=0.1)
     files = [path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert expected["disk"]["kept"] == pytest.approx(sum(files), rel=0.1)
+
+
+EARLY = [("sft", "qwen2", "full", "float32", "float32", "true"), ("dpo", "glm", "full", "bfloat16", "int8", "true")]
+EARLY_TOO = [("sft", "glm", "full", "bfloat16", "float32", "false"), ("ppo", "qwen2", "lora", "float32", "float32", "false")]
+
+
+@pytest.mark.parametrize("case", [*EARLY, *(pytest.param(case, marks=pytest.mark.slow) for case in EARLY_TOO)], ids="-".join)
+def test_the_peak_of_updates_inside_the_backward_pass(home: Path, toys: Toys, tmp_path: Path, case: tuple[str, ...]) -> None:
+    """Gradients that are used as they are made are never all there; with several micro-batches in a step they are."""
+    given = [*settings(home, toys, *case), "optimizer.max_norm=null", "optimizer.in_backward=true", "batch.sequences=4"]
+    given += ["batch.max_tokens=4000", "ppo.minibatches=1"][: 1 + (case[0] == "ppo")]
+    expected = planned(case[0], [*given, f"run.output={tmp_path / 'run'}"])
+    with contextlib.redirect_stdout(io.StringIO()), watched(torch.device("cpu")) as found:
+        run = importlib.import_module(f"trueline.recipes.{case[0]}").run
+        run(load_config(SCHEMAS[case[0]], [], [*given, f"run.output={tmp_path / 'run'}"]))
+    assert expected["peak"]["total"] == pytest.approx(found[0], rel=0.1)
+    assert planned(case[0], [*given, "optimizer.in_backward=false"])["peak"]["total"] > expected["peak"]["total"]
+    if case[0] == "sft":
+        cut = [planned("sft", [*given, "batch.max_tokens=260", f"optimizer.in_backward={early}"])["peak"] for early in ("true", "false")]
+        assert cut[0] == cut[1]
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_tokens_that_are_only_read_are_counted(home: Path, toys: Toys, tmp_path: Path, stage: str) -> None:
+    """Held-out records at every evaluation, and DPO's reference of all pairs."""
+    given = [*settings(home, toys, stage, "qwen2", "full", "float32", "float32", "false"), "data.eval_fraction=0.25", "run.steps=5"]
+    given += ["run.eval_every=2", f"run.output={tmp_path / 'run'}", "batch.max_tokens=2000"]
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        module = importlib.import_module(f"trueline.recipes.{stage}")
+        module.run(load_config(SCHEMAS[stage], [], given), dry_run=True)
+        module.run(load_config(SCHEMAS[stage], [], given))
+    evaluations = sum(line.get("split") == "eval" for line in records(tmp_path / "run" / "metrics.jsonl"))
+    work, alone = planned(stage, given)["work"], planned(stage, [*given, "run.eval_every=0"])["work"]
+    held_out = (work["tokens only read"] - alone["tokens only read"]) // (evaluations - 1)
+    per_pass = int(shown.getvalue().partition("tokens per pass: ")[2].splitlines()[0].replace(",", ""))
+    assert evaluations == 3 and alone["tokens only read"] == held_out + (per_pass + held_out) * (stage == "dpo")
+    whole = planned(stage, [*given, "data.eval_fraction=0", "run.eval_every=0", "reference.kind=stored", "reference.path=x"][: -2 if stage != "dpo" else None])
+    assert whole["work"]["tokens only read"] == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -217,6 +217,7 @@ def test_the_supervised_mix_adds_its_gradient(toys: Toys, tmp_path: Path) -> Non
     batches = [PolicyBatch(experience), PolicyBatch(None, mixed)]
     items = count_items(batches, count_policy, World())
     objective = policy_objective(model, config.ppo, 1.0)
+    torch.testing.assert_close(objective(batches[1])[0]["ptx tokens"], -0.3 * model(mixed).sum(), rtol=1e-12, atol=0)  # not its own way
     together = gradient(torch.stack([sum_loss(objective(batch)[0], items, 1) for batch in batches]).sum())
     ratio = (model(experience.batch) - experience.logprobs).exp()
     policy = gradient(-(ratio * experience.advantages)[experience.batch.trained].mean())

@@ -22,7 +22,6 @@ from trueline.train.losses import (
     ppo_policy_loss,
     ppo_value_loss,
     ranking_loss,
-    sft_loss,
     tokenwise_ranking,
     whiten,
 )
@@ -38,10 +37,6 @@ def log_sigmoid(x: float) -> float:
 
 def assert_close(found: Tensor, expected: object, tolerance: float = 1e-12) -> None:
     np.testing.assert_allclose(found.detach().numpy(), np.asarray(expected, dtype=np.float64), rtol=0, atol=tolerance)
-
-
-def test_sft_loss_counts_trained_tokens_only() -> None:
-    assert sft_loss(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([False, True, True])).tolist() == [0, 2, 3]
 
 
 def test_ranking_loss() -> None:

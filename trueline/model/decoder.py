@@ -216,9 +216,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None, compile: bool = False) -> Tensor:
         before: Callable[..., Any] = compiled(Block.before) if compile else Block.before
         after: Callable[..., Tensor] = compiled(Block.after) if compile else Block.after
-        kept, *heads = before(self, x, *turn, role)
-        mixed = layout.attend(self.attention.layer, *heads, self.attention.window).flatten(1)
-        del heads  # nothing but attention needs them
+        kept, q, k, v = before(self, x, *turn, role)
+        mixed = layout.attend(self.attention.layer, q, k, v, self.attention.window).flatten(1)
+        del q, k, v  # nothing but attention needs them
         return after(self, kept, mixed, role)
 
     def before(self, x: Tensor, cos: Tensor, sin: Tensor, role: str | None) -> tuple[Tensor, ...]:

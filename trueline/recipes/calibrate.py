@@ -26,7 +26,7 @@ from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Rollout
 from trueline.train.budget import Budget
 from trueline.train.optimizer import make_optimizer
-from trueline.train.step import train_step
+from trueline.train.step import evaluate, train_step
 
 SECONDS = 2.0  # work is repeated until it took so long
 NEW_TOKENS = 16  # of each answer in PPO's calibration
@@ -75,8 +75,9 @@ def watched(device: torch.device) -> Iterator[list[int]]:
         found[0] = max(found[0], now)
 
 
-def calibrate_fit(config: StageConfig, groups: Sequence[Sequence[Any]], recompute: int) -> Measured:
-    """A step of SFT, reward or DPO in which each group of items is a micro-batch."""
+def calibrate_fit(config: StageConfig, groups: Sequence[Sequence[Any]], recompute: int, reads: bool) -> tuple[Measured, float]:
+    """A step of SFT, reward or DPO in which each group of items is a micro-batch, and if it `reads`, the seconds of doing the same without
+    gradients."""
     opened = open_model(config.model, config.run.seed, with_head=not isinstance(config, RewardConfig))
     role, parameters = train_role(opened, config.model.adapter, "policy", config.run.seed)
     forget_found(opened)
@@ -99,7 +100,9 @@ def calibrate_fit(config: StageConfig, groups: Sequence[Sequence[Any]], recomput
     optimizer = make_optimizer(parameters, config.optimizer)
     opened.decoder.train()
     max_norm = config.optimizer.max_norm
-    return measure(lambda: train_step(optimizer, batches, objective, count, world=world, max_norm=max_norm, lr=0.0, step=1, seed=0))
+    step = measure(lambda: train_step(optimizer, batches, objective, count, world=world, max_norm=max_norm, lr=0.0, step=1, seed=0))
+    opened.decoder.eval()
+    return step, measure(lambda: evaluate(batches, objective, count, world)).seconds if reads else 0.0
 
 
 def calibrate_ppo(config: PpoStageConfig, rollouts: Sequence[Rollout], recompute: Mapping[str, int]) -> dict[str, Measured]:

@@ -53,7 +53,7 @@ class Reward:
 def frozen_config(config: ModelConfig, path: str) -> ModelConfig:
     """The settings for another, frozen model of the same run: its own tokenizer and template, weights from its folder."""
     own = {"path": path, "base": None, "init": "load", "tokenizer": None, "template": "auto"}
-    return config.model_copy(update=own | {"adapter": AdapterConfig(), "recompute": False})
+    return config.model_copy(update=own | {"adapter": AdapterConfig(), "recompute": False, "compile": False})
 
 
 def reward_model(config: RewardSourceConfig, policy: ModelConfig, seed: int) -> tuple[Scorer, Opened]:

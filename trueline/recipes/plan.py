@@ -34,7 +34,7 @@ from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, 
 from trueline.rollout.engine import PROMPT_TOKENS
 from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.train.budget import SPARE, choose_recompute
-from trueline.train.memory_plan import Peak, disk_bytes, fullest_of, highest, key_value_bytes
+from trueline.train.memory_plan import Peak, disk_bytes, fullest_of, highest, key_value_bytes, times
 from trueline.train.optimizer import Optimizer, make_optimizer
 from trueline.train.rehearsal import fake_batch, outside, rehearse_pass, rehearse_step, shapes_only, weight_bytes
 
@@ -112,16 +112,20 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
             added = rehearse_pass(module, inside[0], counts[0])
             phases["reference"] = added + Peak(weights=sum(roles.values()), states=sum(x.nbytes for x in optimizer.state().values()))
     passes = min(total * batch.sequences / len(items), config.run.epochs or float("inf"))
+    read = int(lengths(prepared.held_out).sum()) * times(config.run.eval_every, total)
+    if isinstance(config, DpoStageConfig) and config.reference.kind != "stored":
+        read += sum(int(lengths(part).sum()) for part in (items, prepared.held_out))
     tokens, full = round(int(sizes.sum()) * passes), [sum(int(sizes[i]) for i in part) for part in fullest]
-    work = {"records": len(items), "steps": total, "tokens": tokens, "micro-batches per step": round(micro_batches, 2)}
+    work = {"records": len(items), "steps": total, "tokens": tokens, "tokens only read": read, "micro-batches per step": round(micro_batches, 2)}
     work |= {"fullest micro-batch": full[0], "parameters trained": sum(p.numel() for p in parameters.values())}
     trained = sum(p.numel() * p.element_size() for p in parameters.values())
     published = _published(config, phases, fixed, fixed.weights, trained, folder, dtype)
     disk = _disk(config, total, trained + fixed.states, published, prepared, tokenizer, total * LINE)
 
     def measured() -> tuple[dict[str, Peak], float]:
-        found = calibrate_fit(config, groups, decoder.recompute)
-        return phases | {"step": step_peak.scaled(fixed.total + found.added)}, found.seconds * tokens / sum(full)
+        step, reading = calibrate_fit(config, groups, decoder.recompute, read > 0)
+        seconds = (step.seconds * tokens + reading * read) / sum(full)
+        return phases | {"step": step_peak.scaled(fixed.total + step.added)}, seconds
 
     return Forecast(phases, roles, {"model": decoder.recompute}, said, work, disk, measured)
 
@@ -154,7 +158,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         added = {
             "generate": _generating(config, decoder, sizes[0] - new, len(rollouts), packs, free) + rehearse_pass(model, read, 1),
             "score": max((rehearse_pass(m, scoring, counts[0]) for m in (model, critic)), key=lambda peak: peak.total),
-            "policy update": rehearse_step(model, optimizers[0], steps),
+            "policy update": rehearse_step(model, optimizers[0], steps, mixed=bool(config.data.ptx)),
             "critic update": rehearse_step(critic, optimizers[1], steps),
         }
     phases = {name: fixed + peak for name, peak in added.items()}
@@ -171,12 +175,13 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         update = max(("policy update", "critic update"), key=lambda name: phases[name].total)
         seen = {update: phases[update].scaled(fixed.total + found["update"].added)}
         seen["score"] = phases["score"].scaled(fixed.total + found["score"].added)
-        waves = -(-answers // config.rollout.running)
+        waves = total * -(-answers // config.rollout.running)
+        waves += times(config.run.eval_every, total) * -(-len(prompts.held_out) // config.rollout.running)
         token = (found["generate"].seconds - found["read"].seconds) / NEW_TOKENS
-        iteration = waves * (found["read"].seconds + token * new)
+        generating = waves * (found["read"].seconds + token * new)
         per_token = found["score"].seconds / sum(sizes[i] for i in scored[0])
         per_token += config.ppo.epochs * found["update"].seconds / sum(sizes[i] for i in learned[0])
-        return phases | seen, total * iteration + tokens * per_token
+        return phases | seen, generating + tokens * per_token
 
     return Forecast(phases, roles, {"policy": decoder.recompute, "critic": trunk.recompute}, said, work, disk, measured)
 

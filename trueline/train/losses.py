@@ -11,11 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sft_loss(logprobs: Tensor, trained: Tensor) -> Tensor:
-    """Negative log-likelihood `[T]` of the trained tokens (arXiv:2203.02155 sect. 3.5), zero on the others."""
-    return -logprobs * trained
-
-
 def ranking_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """Bradley-Terry, arXiv:2203.02155 eq. 1: -log sigmoid(r_c - r_r), for each pair's scores `[N]`."""
     return -F.logsigmoid(chosen - rejected)

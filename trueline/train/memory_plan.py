@@ -51,13 +51,18 @@ def key_value_bytes(layers: int, heads: int, head_dim: int, itemsize: int, rows:
     return most * column
 
 
+def times(every: int, total: int) -> int:
+    """How often in `total` steps something is done that is due every so many (0: at the end only), and always after the last."""
+    return -(-total // every) if every else 1
+
+
 def checkpoint_count(total: int, save_every: int, keep: int) -> tuple[int, int]:
     """Checkpoints at the end, and the most there are at once: a new one is whole before an old one goes.
 
     >>> [checkpoint_count(*numbers) for numbers in ((100, 0, 2), (100, 30, 2), (100, 50, 2), (100, 10, 20))]
     [(1, 1), (2, 3), (2, 2), (10, 10)]
     """
-    made = -(-total // save_every) if save_every else 1
+    made = times(save_every, total)
     return min(made, keep), min(made, keep + 1)
 
 

@@ -21,6 +21,7 @@ from trueline.model.batch import Batch
 from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogProbability, Scorer
 from trueline.train.memory_plan import Peak
 from trueline.train.optimizer import Optimizer
+from trueline.train.step import each_gradient
 from trueline.train.stores import PIECE
 
 PROBE = 1 << 14  # weights of the parameter on which an update is watched
@@ -84,13 +85,14 @@ def shapes_only(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
 
 
 def rehearse_step(
-    module: LanguageModel | Scorer, optimizer: Optimizer, batches: Sequence[tuple[Batch, int]], summed: bool = False
+    module: LanguageModel | Scorer, optimizer: Optimizer, batches: Sequence[tuple[Batch, int]], summed: bool = False, mixed: bool = False
 ) -> Peak:
     """What a step adds to weights and states that are there: forward and backward passes over the (fake) batches, and the update.
 
     Each batch comes with the number of its trained tokens. Two stand for more: from the second on gradients are there already. `summed`:
-    the loss is `LanguageModel.total`'s.
+    the loss is `LanguageModel.total`'s; `mixed`: other micro-batches join these, so that `optimizer.in_backward` does nothing.
     """
+    early = optimizer.config.in_backward and len(batches) == 1 and not mixed
     vocabulary, wide = module.decoder.config.vocab_size, tuple(module.decoder.embed.weight.shape)
 
     def look(live: dict[int, Made]) -> Peak:
@@ -100,12 +102,22 @@ def rehearse_step(
         logits = sum(made.size for made in live.values() if made.shape[-1:] == (vocabulary,))
         return Peak(gradients=gradients, logits=logits, activations=sum(made.size for made in live.values()) - gradients - logits)
 
+    largest = update_bytes(optimizer)
+
+    def use(name: str) -> None:
+        torch.empty(largest, dtype=torch.uint8)  # what an update works with, at most, and as long as it would
+        optimizer.clear(name)
+
     with Watch(look) as watch:
         for batch, trained in batches:
-            _loss(module, batch, trained, summed).backward()
+            loss = _loss(module, batch, trained, summed)
+            with each_gradient(optimizer, use if early else None):
+                loss.backward()
             optimizer.collect()
+    if early:
+        return watch.found()
     gradients = sum(gradient.untyped_storage().nbytes() for gradient in optimizer.gradients().values())
-    update = Peak(gradients=gradients, activations=update_bytes(optimizer))
+    update = Peak(gradients=gradients, activations=largest)
     return max(watch.found(), update, key=lambda peak: peak.total)
 
 

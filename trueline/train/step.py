@@ -119,7 +119,7 @@ def _update_in_backward(
 
 
 @contextmanager
-def _each_gradient(optimizer: Optimizer, use: Callable[[str], None] | None) -> Iterator[None]:
+def each_gradient(optimizer: Optimizer, use: Callable[[str], None] | None) -> Iterator[None]:
     """While it lasts, `use` is called with a parameter's name as soon as its gradient is whole."""
 
     def hook(name: str) -> Callable[[Tensor], None]:
@@ -161,7 +161,7 @@ def accumulate(
             loss = sum_loss(sums, items, step)
             if use is not None and not loss.isfinite():
                 raise _diagnose(optimizer, batches, [loss], {}, step)
-            with _each_gradient(optimizer, use):
+            with each_gradient(optimizer, use):
                 loss.backward()
             optimizer.collect()
             losses.append(loss.detach())
