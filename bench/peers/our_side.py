@@ -1,6 +1,6 @@
 """trueline's stages on given tokens, through the recipes' own objectives and step. Answers `compare.py` like the other sides.
 
-`python our_side.py STAGE MODEL RECORDS [--lora] [--online] [--dtype NAME]`
+`python our_side.py STAGE MODEL RECORDS [--lora] [--online] [--compile] [--dtype NAME]`
 """
 
 import argparse
@@ -40,7 +40,7 @@ def train(given: argparse.Namespace, records: list[dict[str, list[int]]]) -> dic
     sections = {"model": {"path": given.model, "dtype": given.dtype}, "data": {"train": ["none"]}}
     sections |= {"run": {"output": given.records + ".run", "steps": 1}}
     dtype = settle_dtype(from_any(SftConfig, sections)).model.dtype  # what `auto` means is the stages' own rule
-    opened = open_model(ModelConfig(path=given.model, dtype=dtype), 0, with_head=given.stage != "reward")
+    opened = open_model(ModelConfig(path=given.model, dtype=dtype, compile=given.compile), 0, with_head=given.stage != "reward")
     role, parameters = train_role(opened, AdapterConfig(kind="lora" if given.lora else "full"), "policy", 0)
     model = LanguageModel(opened.decoder, role)
     began = time.perf_counter()
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("records")
     parser.add_argument("--dtype", default="float32")
-    for flag in ("--lora", "--online"):
+    for flag in ("--lora", "--online", "--compile"):
         parser.add_argument(flag, action="store_true")
     given = parser.parse_args()
     records = json.loads(Path(given.records).read_text())

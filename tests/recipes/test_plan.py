@@ -95,22 +95,22 @@ def test_the_peak_is_within_a_tenth_of_the_run_s(home: Path, toys: Toys, tmp_pat
 
 
 EARLY = [("sft", "qwen2", "full", "float32", "float32", "true"), ("dpo", "glm", "full", "bfloat16", "int8", "true")]
-EARLY_TOO = [("sft", "glm", "full", "bfloat16", "float32", "false"), ("ppo", "qwen2", "lora", "float32", "float32", "false")]
+EARLY_TOO = [("sft", "glm", "full", "bfloat16", "float32", "false"), ("reward", "qwen2", "full", "float32", "float32", "true")]
 
 
 @pytest.mark.parametrize("case", [*EARLY, *(pytest.param(case, marks=pytest.mark.slow) for case in EARLY_TOO)], ids="-".join)
 def test_the_peak_of_updates_inside_the_backward_pass(home: Path, toys: Toys, tmp_path: Path, case: tuple[str, ...]) -> None:
     """Gradients that are used as they are made are never all there; with several micro-batches in a step they are."""
     given = [*settings(home, toys, *case), "optimizer.max_norm=null", "optimizer.in_backward=true", "batch.sequences=4"]
-    given += ["batch.max_tokens=4000", "ppo.minibatches=1"][: 1 + (case[0] == "ppo")]
+    given += ["batch.max_tokens=4000"]
     expected = planned(case[0], [*given, f"run.output={tmp_path / 'run'}"])
     with contextlib.redirect_stdout(io.StringIO()), watched(torch.device("cpu")) as found:
         run = importlib.import_module(f"trueline.recipes.{case[0]}").run
         run(load_config(SCHEMAS[case[0]], [], [*given, f"run.output={tmp_path / 'run'}"]))
     assert expected["peak"]["total"] == pytest.approx(found[0], rel=0.1)
-    assert planned(case[0], [*given, "optimizer.in_backward=false"])["peak"]["total"] > expected["peak"]["total"]
-    if case[0] == "sft":
-        cut = [planned("sft", [*given, "batch.max_tokens=260", f"optimizer.in_backward={early}"])["peak"] for early in ("true", "false")]
+    if case == EARLY[0]:  # where gradients are most of the peak
+        assert planned("sft", [*given, "optimizer.in_backward=false"])["peak"]["total"] > 1.1 * expected["peak"]["total"]
+        cut = [planned("sft", [*given, "batch.max_tokens=300", f"optimizer.in_backward={early}"])["peak"] for early in ("true", "false")]
         assert cut[0] == cut[1]
 
 

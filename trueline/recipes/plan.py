@@ -158,7 +158,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         added = {
             "generate": _generating(config, decoder, sizes[0] - new, len(rollouts), packs, free) + rehearse_pass(model, read, 1),
             "score": max((rehearse_pass(m, scoring, counts[0]) for m in (model, critic)), key=lambda peak: peak.total),
-            "policy update": rehearse_step(model, optimizers[0], steps, mixed=bool(config.data.ptx)),
+            "policy update": rehearse_step(model, optimizers[0], steps),
             "critic update": rehearse_step(critic, optimizers[1], steps),
         }
     phases = {name: fixed + peak for name, peak in added.items()}

@@ -85,14 +85,14 @@ def shapes_only(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
 
 
 def rehearse_step(
-    module: LanguageModel | Scorer, optimizer: Optimizer, batches: Sequence[tuple[Batch, int]], summed: bool = False, mixed: bool = False
+    module: LanguageModel | Scorer, optimizer: Optimizer, batches: Sequence[tuple[Batch, int]], summed: bool = False
 ) -> Peak:
     """What a step adds to weights and states that are there: forward and backward passes over the (fake) batches, and the update.
 
     Each batch comes with the number of its trained tokens. Two stand for more: from the second on gradients are there already. `summed`:
-    the loss is `LanguageModel.total`'s; `mixed`: other micro-batches join these, so that `optimizer.in_backward` does nothing.
+    the loss is `LanguageModel.total`'s.
     """
-    early = optimizer.config.in_backward and len(batches) == 1 and not mixed
+    early = optimizer.config.in_backward and len(batches) == 1
     vocabulary, wide = module.decoder.config.vocab_size, tuple(module.decoder.embed.weight.shape)
 
     def look(live: dict[int, Made]) -> Peak:
