@@ -36,8 +36,8 @@ PEAK_RATE = 989e12  # the data sheet's, which model FLOP utilisation is quoted a
 OUT_OF_MEMORY = (torch.OutOfMemoryError, OutOfMemory)
 
 
-class Cut(Exception):
-    """A section's time is over."""
+class Cut(BaseException):
+    """A section's time is over. No Exception: torch's compiler would take it for one of its own."""
 
 
 class Report:

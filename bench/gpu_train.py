@@ -1,4 +1,6 @@
-"""Training of GLM-4-9B with random weights on one GPU: attention, loss, LoRA, DPO, all weights. One rule: equal numbers first, then times.
+"""Training of GLM-4-9B with random weights on one GPU: attention, loss, LoRA, DPO, all weights, compiled layers.
+
+One rule: equal numbers first, then times.
 
 Each section has its own time and ends with a reading of what it took; all of them end within nine minutes. One JSON line per reading, a
 table at the end with the targets beside what was read. NEVER RUN ON A GPU YET: every figure that is written anywhere about it is predicted.
@@ -6,6 +8,7 @@ table at the end with the targets beside what was read. NEVER RUN ON A GPU YET: 
 `python bench/gpu_train.py [--only SECTION ...]`, on a CPU `python bench/gpu_train.py --small --device cpu`
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
@@ -18,10 +21,12 @@ from torch import Tensor, nn
 from trueline.config.schema import AdapterConfig, DpoConfig, OptimizerConfig
 from trueline.data.sample import Pair, Sample
 from trueline.data.shared import shared_pairs
+from trueline.errors import UserError
 from trueline.model import heads
 from trueline.model.adapters import add_adapter, remove_adapter, trainable
 from trueline.model.attention import packed_attention, runs, varlen_kernel_for
 from trueline.model.batch import Batch, pack, pack_pairs
+from trueline.model.compiled import check_compiler
 from trueline.model.decoder import Decoder
 from trueline.model.heads import LanguageModel
 from trueline.parallel.world import World
@@ -275,6 +280,30 @@ def full(report: Report) -> None:
         report.clean()
 
 
+def compiled(report: Report) -> None:
+    """LoRA on packed sequences of 4,096 with and without model.compile, in turns; equal losses first, and what compiling took."""
+    try:
+        check_compiler(report.device)
+    except UserError as error:
+        report.read("skipped: nothing can be compiled here", None, "", reason=str(error))
+        return
+    decoder = report.decoder()
+    length, count = (4096, 4) if not report.small else (64, 4)
+    batch = sequences(report, length, count)
+    losses: list[float] = []
+    for name in ("as they are", "compiled", "as they are, again", "compiled, again"):
+        trainer = Trainer(report, decoder, "lora", dropout=0.0)
+        decoder.compile_layers = name.startswith("compiled")
+        report.clean()
+        began = time.perf_counter()
+        losses.append(trainer.update(batch))
+        report.read(f"first step, layers {name}", time.perf_counter() - began, "s")
+        spent = report.timed(lambda trainer=trainer: trainer.update(batch), rounds=3 if not report.small else 2)
+        rates(report, f"LoRA, {count} x {length}, layers {name}", "lora", length, length * count, spent)
+        trainer.end()
+    report.read("losses apart, compiled or not", max(losses) - min(losses), "loss", must="<= 0.01", losses=losses)
+
+
 SECTIONS = [
     ("environment", 20.0, environment),
     ("attention", 40.0, attention),
@@ -283,6 +312,7 @@ SECTIONS = [
     ("lora_speed", 100.0, lora_speed),
     ("dpo", 60.0, dpo),
     ("full", 180.0, full),
+    ("compiled", 90.0, compiled),  # of the time that the others leave
 ]
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from trueline.model.heads import LanguageModel
 
 CONFIG = DecoderConfig(vocab_size=50, hidden_size=24, num_layers=3, num_heads=6, num_kv_heads=2, head_dim=4, mlp_size=40, init_std=0.2)
 ROWS = replace(
-    CONFIG, num_heads=3, num_kv_heads=3, head_dim=8, o_bias=True, mlp_bias=True, rope_rows=True, norm="layer", gated=False, residual_scale=2.5
-)
+    CONFIG, num_heads=3, num_kv_heads=3, head_dim=8, o_bias=True, mlp_bias=True, rope_rows=True, norm="layer", gated=False,
+    residual_scale=2.5,
+)  # fmt: skip
 GLM = replace(CONFIG, rope="interleaved", rope_dim=2, post_norms=True, qk_norm=True)
 ADAPTERS = {
     "full": None,

@@ -10,6 +10,11 @@ import trueline as api
 from tests.recipes.commands import Commands
 from tests.recipes.reading import PROBES, records
 from tests.recipes.toys import KINDS, Toys, lines
+from trueline.config.load import from_any
+from trueline.config.schema import SftConfig
+from trueline.model.batch import pack
+from trueline.recipes.assemble import open_text
+from trueline.recipes.prepare import sft_samples
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +22,17 @@ def run(toys: Toys, trueline: Commands, tmp_path_factory: pytest.TempPathFactory
     folder = tmp_path_factory.mktemp("runs") / "sft"
     trueline("sft", toys.config("sft"), f"model.path={toys.model('chatglm')}", f"run.output={folder}", *KINDS["lora"]).ok()
     return folder
+
+
+def test_training_sees_the_place_that_an_answer_fills(toys: Toys, tmp_path: Path) -> None:
+    """From the cache and without one, as the conversation is rendered."""
+    sections = toys.dictionary("sft", model={"path": str(toys.model("chatglm"))}, data={"cache": str(tmp_path)}, run={"output": "none"})
+    config = from_any(SftConfig, sections)
+    family, tokenizer = open_text(config.model)
+    for cache in ("off", str(tmp_path), str(tmp_path)):
+        for sample in sft_samples(config.data.model_copy(update={"cache": cache}), family, tokenizer, 0).train:
+            assert (sample.context, sample.anchor) == (sample.tokens.index(3), sample.tokens.index(2))
+            assert pack([sample]).layout.positions.shape == (2, len(sample))
 
 
 def test_export_merges_and_proves_it(run: Path, trueline: Commands, tmp_path: Path) -> None:

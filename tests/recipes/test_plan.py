@@ -128,7 +128,8 @@ def test_tokens_that_are_only_read_are_counted(home: Path, toys: Toys, tmp_path:
     held_out = (work["tokens only read"] - alone["tokens only read"]) // (evaluations - 1)
     per_pass = int(shown.getvalue().partition("tokens per pass: ")[2].splitlines()[0].replace(",", ""))
     assert evaluations == 3 and alone["tokens only read"] == held_out + (per_pass + held_out) * (stage == "dpo")
-    whole = planned(stage, [*given, "data.eval_fraction=0", "run.eval_every=0", "reference.kind=stored", "reference.path=x"][: -2 if stage != "dpo" else None])
+    stored = ["reference.kind=stored", "reference.path=x"] if stage == "dpo" else []
+    whole = planned(stage, [*given, "data.eval_fraction=0", "run.eval_every=0", *stored])
     assert whole["work"]["tokens only read"] == 0
 
 

@@ -91,19 +91,6 @@ class Block:
         """`digest` of each item."""
         return np.frombuffer(self.batch.column("digest").buffers()[1], "V16", len(self.batch))
 
-    def common(self) -> NDArray[np.int64]:
-        """Leading tokens of each pair whose states are the same on both sides: equal, before anything is trained, no context reaching
-        beyond them. Both sides keep a token of their own."""
-        (starts, ids, *_), (other_starts, other_ids, *_) = self.sides
-        trained = (np.flatnonzero(np.unpackbits(side[2], count=int(side[0][-1]), bitorder="little")) for side in self.sides)
-        count = np.min([_first(x, side[0], np.diff(side[0]) - 1) for x, side in zip(trained, self.sides, strict=True)], axis=0)
-        ends = np.concatenate([[0], count.cumsum()])
-        inside = np.arange(ends[-1]) - ends[:-1].repeat(count)
-        unequal = ids[starts[:-1].repeat(count) + inside] != other_ids[other_starts[:-1].repeat(count) + inside]
-        same = _first(np.flatnonzero(unequal), ends, count)
-        places, others = (np.stack(side[3:]) for side in self.sides)
-        return np.where((places == others).all(axis=0) & (same >= places[0]), same, 0)
-
     def item(self, i: int) -> Any:
         samples = [self._sample(side, i) for side in self.sides]
         if self.kind == "prompt":
@@ -117,14 +104,8 @@ class Block:
         offsets, ids, bits, contexts, anchors = side
         first, last = int(offsets[i]), int(offsets[i + 1])
         window = np.unpackbits(bits[first // 8 : -(-last // 8)], bitorder="little")[first % 8 : first % 8 + last - first]
-        anchor = int(anchors[i])
-        return Sample(ids[first:last].tolist(), window.view(np.bool_).tolist(), int(contexts[i]), None if anchor < 0 else anchor)
-
-
-def _first(places: NDArray[np.int64], starts: NDArray[np.int64], most: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How far the first of `places` (sorted) stands behind each start but the last one, which is an end; `most` at the most."""
-    found = np.append(places, np.iinfo(np.int64).max)[np.searchsorted(places, starts[:-1])]
-    return np.minimum(found - starts[:-1], most)
+        anchor = int(anchors[i]) if anchors[i] >= 0 else None
+        return Sample(ids[first:last].tolist(), window.view(np.bool_).tolist(), int(contexts[i]), anchor)
 
 
 class Items(Sequence[T], Generic[T]):
@@ -160,15 +141,11 @@ class Items(Sequence[T], Generic[T]):
 
     def digests(self) -> NDArray[np.void]:
         """`digest` of every item, without making any."""
-        return self._each(Block.digests, "V16")
+        return self.told(Block.digests, "V16")
 
-    def common(self) -> NDArray[np.int64]:
-        """`Block.common` of every pair, without making any."""
-        return self._each(Block.common, np.int64)
-
-    def _each(self, ask: Callable[[Block], NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
-        found = [ask(block) for block in self._blocks]
-        return np.concatenate(found)[self._order] if found else np.empty(0, dtype)
+    def told(self, ask: Callable[[Block], NDArray[Any]], dtype: DTypeLike) -> NDArray[Any]:
+        """What `ask` tells of every item, a block at a time."""
+        return np.concatenate([np.empty(0, dtype), *map(ask, self._blocks)])[self._order]
 
 
 def lengths(items: Sequence[Any]) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from trueline.data.cache import Items, in_memory, lengths
+from trueline.data.cache import Block, Items, in_memory, lengths
 from trueline.data.sample import Pair
 
 
@@ -41,7 +41,28 @@ class SharedPairs(Sequence[Pair]):
 def shared_pairs(pairs: Sequence[Pair]) -> SharedPairs:
     """Told from the arrays of `Items`; what are other pairs is laid into such first."""
     items = pairs if isinstance(pairs, Items) else Items(in_memory("pair", lambda _: iter([pairs])).blocks)
-    return SharedPairs(pairs, items.common())
+    return SharedPairs(pairs, items.told(common, np.int64))
+
+
+def common(block: Block) -> NDArray[np.int64]:
+    """Leading tokens of each pair whose states are the same on both sides: equal, before anything is trained, no context reaching beyond
+    them. Both sides keep a token of their own."""
+    (starts, ids, *_), (other_starts, other_ids, *_) = block.sides
+    trained = (np.flatnonzero(np.unpackbits(side[2], count=int(side[0][-1]), bitorder="little")) for side in block.sides)
+    count = np.min([_first(x, side[0], np.diff(side[0]) - 1) for x, side in zip(trained, block.sides, strict=True)], axis=0)
+    ends = np.concatenate([[0], count.cumsum()])
+    inside = np.arange(ends[-1]) - ends[:-1].repeat(count)
+    unequal = ids[starts[:-1].repeat(count) + inside] != other_ids[other_starts[:-1].repeat(count) + inside]
+    same = _first(np.flatnonzero(unequal), ends, count)
+    places, others = (np.stack(side[3:]) for side in block.sides)
+    alike: NDArray[np.int64] = np.where((places == others).all(axis=0) & (same >= places[0]), same, 0)
+    return alike
+
+
+def _first(places: NDArray[np.int64], starts: NDArray[np.int64], most: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How far the first of `places` (sorted) stands behind each start but the last one, which is an end; `most` at the most."""
+    found = np.append(places, np.iinfo(np.int64).max)[np.searchsorted(places, starts[:-1])]
+    return np.minimum(found - starts[:-1], most)
 
 
 def bound(pairs: SharedPairs) -> float:

@@ -116,7 +116,8 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
     if isinstance(config, DpoStageConfig) and config.reference.kind != "stored":
         read += sum(int(lengths(part).sum()) for part in (items, prepared.held_out))
     tokens, full = round(int(sizes.sum()) * passes), [sum(int(sizes[i]) for i in part) for part in fullest]
-    work = {"records": len(items), "steps": total, "tokens": tokens, "tokens only read": read, "micro-batches per step": round(micro_batches, 2)}
+    work: dict[str, float] = {"records": len(items), "steps": total, "tokens": tokens, "tokens only read": read}
+    work |= {"micro-batches per step": round(micro_batches, 2)}
     work |= {"fullest micro-batch": full[0], "parameters trained": sum(p.numel() for p in parameters.values())}
     trained = sum(p.numel() * p.element_size() for p in parameters.values())
     published = _published(config, phases, fixed, fixed.weights, trained, folder, dtype)

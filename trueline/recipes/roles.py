@@ -88,7 +88,8 @@ def _critic(config: PpoStageConfig, policy: Opened) -> tuple[Scorer, dict[str, n
     wanted = config.critic.adapter or config.model.adapter
     section = "critic.adapter" if config.critic.adapter else "model.adapter"
     if config.critic.path is not None:
-        settings = frozen_config(config.model, config.critic.path).model_copy(update={"recompute": config.model.recompute, "compile": config.model.compile})
+        trained = {name: getattr(config.model, name) for name in ("recompute", "compile")}
+        settings = frozen_config(config.model, config.critic.path).model_copy(update=trained)
         own = open_model(settings, config.run.seed, with_head=False)
         role, parameters = train_role(own, wanted, "critic", config.run.seed, section)
         forget_found(own)
