@@ -13,7 +13,7 @@ from trueline.model.decoder import Decoder
 CHUNK = 2048  # rows of logits alive at once on an accelerator; with fewer the matrix products slow down
 CPU_CHUNK = 256  # float32 rows on a CPU, twice as many 16-bit ones: more gain nothing there, and 2,048 rows of 151,936 are 1.2 GB
 NARROW = 128  # rows for heads no wider than this, whose products need no more
-CACHED = 2**18  # logits that are worked on at once on a CPU: they stay in its second-level cache from the first pass to the last
+CACHED = 2**20  # logits that are worked on at once on a CPU: they stay in its caches, and waking its threads for each pass costs little
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,10 +9,10 @@ from torch.optim.adamw import adamw
 
 from trueline.config.schema import OptimizerConfig
 from trueline.errors import UserError
-from trueline.train.stores import BLOCK, PIECE, STORES, draws, nearest
+from trueline.train.stores import BLOCK, PIECE, STORES, draws, without_halves
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
-CACHED = 1 << 16  # weights rounded at once: they stay in a CPU's cache from one operation to the next
+CACHED = 1 << 20  # weights rounded at once: they stay in a CPU's cache, and waking its threads for each piece costs little
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -131,9 +131,10 @@ class Optimizer:
         """Brings 16-bit parameters to their masters; on a CPU a piece at a time: whole copies would be made again for each operation."""
         for name in self.halves.keys() & set(names) & self.masters.keys():
             parameter, master = self.parameters[name].detach(), self.masters[name]
-            size = CACHED if parameter.device.type == "cpu" else max(parameter.numel(), 1)
+            size = min(CACHED, parameter.numel()) if parameter.device.type == "cpu" else max(parameter.numel(), 1)
+            room = torch.empty(size, dtype=torch.int32, device=parameter.device)
             for narrow, wide in zip(parameter.view(-1).split(size), master.view(-1).split(size), strict=True):
-                narrow.copy_(nearest(wide) if narrow.dtype == torch.bfloat16 else wide)
+                narrow.copy_(without_halves(wide, room[: len(wide)]) if narrow.dtype == torch.bfloat16 else wide)
 
     def memory(self) -> tuple[int, int]:
         """Bytes of one step's gradients, and of all that is kept between updates, once there was one."""
