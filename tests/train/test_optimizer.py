@@ -99,6 +99,45 @@ def test_16_bit_weights_are_updated_in_float32() -> None:
     assert torch.equal(weight, nearest(optimizer.masters["weight"])) and weight[0, 0] < 1
 
 
+@pytest.mark.parametrize("on_demand", [1, 1 << 40])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rows_are_updated_as_the_whole(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, decay: float, on_demand: int) -> None:
+    """The same bits from sparse gradients as from dense ones, through a round trip too: rows come, stay away, and come back."""
+    monkeypatch.setattr("trueline.train.optimizer.CACHED", 64)  # four rows a piece
+    monkeypatch.setattr("trueline.train.optimizer.ON_DEMAND", on_demand)
+    config, start = OptimizerConfig(weight_decay=decay), torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sparse, dense = (make_optimizer({"x": nn.Parameter(start.clone())}, config) for _ in range(2))
+    for step, rows in enumerate([[3, 4, 11], [4], [0, 19, 3, 7, 8, 9, 10], [5], []]):
+        gradient = torch.zeros(20, 16, dtype=dtype)
+        gradient[rows] = torch.randn(len(rows), 16, generator=torch.Generator().manual_seed(step + 1)).to(dtype)
+        dense.parameters["x"].grad, sparse.parameters["x"].grad = gradient, gradient.to_sparse(1)
+        for optimizer in (sparse, dense):
+            optimizer.collect()
+            optimizer.step(0.1)
+        assert torch.equal(sparse.parameters["x"], dense.parameters["x"]), step
+        assert all(torch.equal(sparse.state()[name], x) for name, x in dense.state().items())
+        if step == 2:
+            resumed = make_optimizer({"x": nn.Parameter(sparse.parameters["x"].detach().clone())}, config)
+            resumed.load(sparse.state())
+            sparse = resumed
+
+
+@pytest.mark.parametrize(("dtype", "states"), [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "split")])
+def test_sparse_gradients_are_summed_by_row(dtype: torch.dtype, states: str) -> None:
+    weight = nn.Parameter(torch.zeros(50, 4, dtype=dtype))
+    optimizer = Optimizer({"x": weight}, OptimizerConfig(states=states))
+    tokens = torch.tensor([7, 7, 3, 49])
+    for _ in range(3):
+        nn.functional.embedding(tokens, weight, sparse=True).sum().backward()
+        optimizer.collect()
+    found = optimizer.gradients()["x"]
+    expected = torch.zeros(50, 4).index_add(0, tokens, torch.full((4, 4), 3.0))
+    assert torch.equal(found.to_dense().float(), expected) and found.is_sparse == (states == "float32")
+    assert not found.is_sparse or found.values().shape == (3, 4)
+    assert torch.equal(optimizer.gradients(all_of_them=True)["x"].float(), expected)  # what ranks add is dense
+
+
 def test_16_bit_gradients_are_summed_in_float32() -> None:
     """1 + 300 times 2^-9: bfloat16 would stay at 1."""
     weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))

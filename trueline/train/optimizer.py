@@ -46,12 +46,15 @@ class Optimizer:
 
     @torch.no_grad()
     def collect(self, only: str | None = None) -> None:
-        """Sums 16-bit gradients in float32: to be called after each backward, for in 16 bits they would lose bits. Sparse ones are brought
-        to one entry a row, so that they stay smaller than dense ones."""
+        """Sums 16-bit gradients in float32: to be called after each backward, for in 16 bits they would lose bits.
+
+        Sparse ones are brought to one entry a row, so that they stay smaller than dense ones; states in pieces need dense ones.
+        """
         for name in self.parameters if only is None else (only,):
             parameter = self.parameters[name]
             if parameter.grad is not None and name in self.halves:
                 gradient = parameter.grad.to(torch.float32)
+                gradient = gradient if self.store is None else gradient.to_dense()
                 self.sums[name] = joined(self.sums[name].add_(gradient) if name in self.sums else gradient)
                 parameter.grad = None
             elif parameter.grad is not None and parameter.grad.is_sparse:
@@ -80,7 +83,7 @@ class Optimizer:
         gradients = self.gradients([only] if only else None)
         for name in gradients:
             if name not in self.kept:
-                sparse = gradients[name].is_sparse and self.store is None
+                sparse = gradients[name].is_sparse
                 self.kept[name] = {field: self._zeros(name, field, sparse) for field in self._fields(name)}
                 if sparse:
                     self.begun[name] = torch.zeros(len(gradients[name]), dtype=torch.bool, device=gradients[name].device)
@@ -95,7 +98,7 @@ class Optimizer:
             self._round(gradients)
         else:
             for name in gradients:
-                self._update_in_pieces(name, gradients[name].to_dense(), lr)
+                self._update_in_pieces(name, gradients[name], lr)
         del gradients
         self.clear(only)
 
