@@ -48,7 +48,9 @@ def partition(items: list[Pair], homes: list[int]) -> list[list[Pair]]:
     return [part for part in parts if part]
 
 
-def gradients(batches: list[list[Pair]], world: World, sparse: bool = True, tied: bool = False) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gradients(
+    batches: list[list[Pair]], world: World, sparse: bool = True, tied: bool = False
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The gradient of a fresh float64 model's first step, and the step's metrics. `sparse`: the embedding's is made by rows."""
     decoder = Decoder(replace(SIZES, tied_embeddings=tied)).double()
     init_weights(decoder, torch.Generator().manual_seed(3))

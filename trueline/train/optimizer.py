@@ -139,10 +139,11 @@ class Optimizer:
         if self.config.weight_decay:
             parts += [(rows, (master,)) for rows in (~begun).nonzero()[:, 0].split(size)]
         for rows, written in parts:
-            has = entry[rows] >= 0
+            found = entry[rows]
+            has = (found >= 0).nonzero()[:, 0]
             change = master.new_zeros(len(rows), master.shape[1])
-            change[has] = gradient.values()[entry[rows][has]]
-            columns = [x[rows] for x in (master, *moments)]
+            change.index_copy_(0, has, gradient.values().index_select(0, found[has]))
+            columns = [x.index_select(0, rows) for x in (master, *moments)]
             kept["step"].copy_(before)
             self._update(columns[:1], [change], columns[1:2], columns[2:], [kept["step"]], lr=lr, decayed=True)
             for whole, column in zip(written, columns, strict=False):
