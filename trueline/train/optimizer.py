@@ -121,7 +121,7 @@ class Optimizer:
         adamw(*lists, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self.config.eps, **settings)  # type: ignore[arg-type]
 
     def _update_rows(self, name: str, gradient: Tensor, lr: float) -> None:
-        """The same update, to the same bits, where only some rows `[rows, D]` have a gradient: the others' is 0.
+        """The same update where only some rows `[rows, D]` have a gradient: the others' is 0. To the same bits if D fills CPU vectors.
 
         Rows that never had one are left out: their moments are 0, so only weight decay changes them. The memory of moments that were
         never written is not taken from the system.
@@ -135,19 +135,26 @@ class Optimizer:
         entry = torch.full_like(begun, -1, dtype=torch.int64)
         entry[places] = torch.arange(len(places), device=places.device)
         size = max(1, CACHED // master.shape[1])
-        parts = [(rows, (master, *moments)) for rows in begun.nonzero()[:, 0].split(size)]
-        if self.config.weight_decay:
-            parts += [(rows, (master,)) for rows in (~begun).nonzero()[:, 0].split(size)]
-        for rows, written in parts:
-            found = entry[rows]
-            has = (found >= 0).nonzero()[:, 0]
-            change = master.new_zeros(len(rows), master.shape[1])
-            change.index_copy_(0, has, gradient.values().index_select(0, found[has]))
-            columns = [x.index_select(0, rows) for x in (master, *moments)]
-            kept["step"].copy_(before)
-            self._update(columns[:1], [change], columns[1:2], columns[2:], [kept["step"]], lr=lr, decayed=True)
-            for whole, column in zip(written, columns, strict=False):
-                whole.index_copy_(0, rows, column)
+        for start in range(0, len(master), size):
+            known, found = begun[start : start + size], entry[start : start + size]
+            views = [x[start : start + size] for x in (master, *moments)]
+            parts: list[tuple[Tensor | None, list[Tensor]]]
+            if 2 * int(known.sum()) >= len(known):  # picking them out would take longer than all of them
+                parts = [(None, views)]
+            else:
+                parts = [(known.nonzero()[:, 0], views)]
+                parts += [((~known).nonzero()[:, 0], views[:1])] if self.config.weight_decay else []
+            for rows, written in parts:
+                columns = views if rows is None else [x.index_select(0, rows) for x in views]
+                numbers = found if rows is None else found[rows]
+                has = (numbers >= 0).nonzero()[:, 0]
+                change = torch.zeros_like(columns[0])
+                change.index_copy_(0, has, gradient.values().index_select(0, numbers[has]))
+                kept["step"].copy_(before)
+                self._update(columns[:1], [change], columns[1:2], columns[2:], [kept["step"]], lr=lr, decayed=True)
+                if rows is not None:
+                    for whole, column in zip(written, columns, strict=False):
+                        whole.index_copy_(0, rows, column)
 
     def _update_in_pieces(self, name: str, gradient: Tensor, lr: float) -> None:
         """Widens a piece of the weight at a time, so that float32 copies of the whole never exist."""
