@@ -88,8 +88,11 @@ class Optimizer:
                 if sparse:
                     self.begun[name] = torch.zeros(len(gradients[name]), dtype=torch.bool, device=gradients[name].device)
         if self.store is None:
-            for name in (name for name, gradient in gradients.items() if gradient.is_sparse):
-                self._update_rows(name, gradients[name], lr)
+            for name, gradient in gradients.items():
+                if gradient.is_sparse:
+                    self._update_rows(name, gradient, lr)
+                else:
+                    self.begun.pop(name, None)  # it reached every row
             for decayed in (True, False):
                 names = [name for name, g in gradients.items() if decays(self.parameters[name]) is decayed and not g.is_sparse]
                 columns = [[self.kept[name][field] for name in names] for field in ("exp_avg", "exp_avg_sq", "step")]
