@@ -31,6 +31,15 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(homes: list[int]) 
     assert max(float(g.abs().max()) for g in whole.values()) > 1e-3  # and there is one
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_embedding_s_rows_give_the_same_gradient(tied: bool) -> None:
+    parts = partition(pairs(), [0, 1, 0, 1, 2, 0])
+    rows, values = gradients(parts, World(), tied=tied)
+    whole, others = gradients(parts, World(), sparse=False, tied=tied)
+    assert largest_difference(rows, whole) < 1e-12 and ("head.weight" in rows) == (not tied)
+    assert others == pytest.approx(values, abs=1e-12)
+
+
 def test_two_ranks_give_the_same_gradient() -> None:
     """gloo, uneven shares: one rank has two micro-batches of four pairs in all, the other two of two."""
     with socket.socket() as free:

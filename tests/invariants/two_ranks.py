@@ -2,12 +2,14 @@
 
 import json
 import random
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from trueline.config.schema import MeshConfig, OptimizerConfig
 from trueline.data.sample import Pair, Sample
+from trueline.model.adapters import trainable
 from trueline.model.batch import Batch, pack_pairs
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.heads import LanguageModel
@@ -26,7 +28,7 @@ class Kept(Optimizer):
     last: dict[str, Tensor]
 
     def step(self, lr: float) -> None:
-        self.last = {name: g.clone() for name, g in self.gradients().items()}
+        self.last = {name: g.to_dense().clone() for name, g in self.gradients().items()}
         super().step(lr)
 
 
@@ -46,9 +48,11 @@ def partition(items: list[Pair], homes: list[int]) -> list[list[Pair]]:
     return [part for part in parts if part]
 
 
-def gradients(batches: list[list[Pair]], world: World) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The gradient of a fresh float64 model's first step, and the step's metrics."""
-    decoder = Decoder(SIZES).double()
+def gradients(
+    batches: list[list[Pair]], world: World, sparse: bool = True, tied: bool = False
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The gradient of a fresh float64 model's first step, and the step's metrics. `sparse`: the embedding's is made by rows."""
+    decoder = Decoder(replace(SIZES, tied_embeddings=tied)).double()
     init_weights(decoder, torch.Generator().manual_seed(3))
     model = LanguageModel(decoder)
 
@@ -65,7 +69,9 @@ def gradients(batches: list[list[Pair]], world: World) -> tuple[dict[str, Tensor
         chosen = torch.tensor([True, False]).repeat(batch.num_sequences // 2)[batch.sequence()]
         return {"pairs": batch.num_sequences // 2, "tokens": (batch.trained & chosen).sum()}
 
-    optimizer = Kept(dict(decoder.named_parameters()), OptimizerConfig())
+    optimizer = Kept(trainable(decoder, None, "full"), OptimizerConfig())
+    assert decoder.embed.sparse
+    decoder.embed.sparse = sparse
     packed = [pack_pairs(part) for part in batches]
     values = train_step(optimizer, packed, objective, count, world=world, max_norm=1e9, lr=1e-3, step=1, seed=0)
     return optimizer.last, values

@@ -133,3 +133,12 @@ def test_a_value_stands_before_its_token():
     batch = batch_of(".xx", "x.x")
     found = values_before(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), batch)
     assert found.tolist() == [0.0, 1.0, 2.0, 0.0, 0.0, 5.0]
+
+
+def test_rows_of_logits_at_once_follow_the_memory_they_take() -> None:
+    def rows(vocabulary: int, width: int, dtype: torch.dtype) -> int:
+        return heads.chunk_rows(torch.empty(vocabulary, width, dtype=dtype))
+
+    assert [rows(v, 512, torch.bfloat16) for v in (100, 8192, 20_000, 151_936)] == [2048, 2048, 838, 512]
+    assert [rows(v, 512, torch.float32) for v in (100, 151_936)] == [256, 256]
+    assert [rows(8192, 64, dtype) for dtype in (torch.float32, torch.bfloat16)] == [128, 256]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from trueline.parallel.memory import UNKNOWN, free_memory, free_on_host
+from trueline.parallel.memory import UNKNOWN, free_memory, free_on_host, zeros_on_demand
 
 
 def test_free_memory_is_the_lowest_of_machine_and_control_groups(tmp_path: Path) -> None:
@@ -27,3 +27,16 @@ def test_free_memory_is_the_lowest_of_machine_and_control_groups(tmp_path: Path)
 
 def test_a_system_that_does_not_tell(tmp_path: Path) -> None:
     assert free_on_host(tmp_path) == UNKNOWN
+
+
+def test_zeros_on_demand_take_memory_where_they_are_written() -> None:
+    def held() -> int:
+        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+
+    before = held()
+    found = zeros_on_demand((1 << 14, 1024), torch.float32)  # 64 MB
+    found[::1024] += 1
+    assert held() - before < 4_000
+    assert found.shape == (1 << 14, 1024) and found[5].sum() == 0 and found.sum() == 16 * 1024
+    found.fill_(1)
+    assert held() - before > 60_000

@@ -212,7 +212,7 @@ def test_the_supervised_mix_adds_its_gradient(toys: Toys, tmp_path: Path) -> Non
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
         parameters = list(roles.policy_parameters.values())
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)])
+        return torch.cat([g.to_dense().flatten() for g in torch.autograd.grad(loss, parameters)])
 
     batches = [PolicyBatch(experience), PolicyBatch(None, mixed)]
     items = count_items(batches, count_policy, World())

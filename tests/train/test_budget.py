@@ -78,9 +78,9 @@ BATCH = pack([Sample([1] * 40, [False] + [True] * 39), Sample([2] * 24, [False] 
 
 
 def layer_bytes_by_hand(tokens: int) -> int:
-    """float32, all weights trained: two norms (input, scaled, with weights, one number per token), rotated q, k, v, the attention's
+    """float32, all weights trained: two norms (input, output, one number per token), rotated q, k, v, the attention's
     output twice (as it is, and laid end to end) and one number per head, and four of the MLP's width."""
-    norms = 2 * (3 * 16 + 1)
+    norms = 2 * (2 * 16 + 1)
     attention = 16 + 8 + 8 + 16 + 16 + 4
     return tokens * 4 * (norms + attention + 4 * 20)
 

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -97,6 +98,52 @@ def test_16_bit_weights_are_updated_in_float32() -> None:
     assert optimizer.state()["weight.master"].dtype == torch.float32
     torch.testing.assert_close(optimizer.masters["weight"].detach(), torch.full((4, 4), 0.99), rtol=0, atol=6e-5)  # 1,000 half ulps
     assert torch.equal(weight, nearest(optimizer.masters["weight"])) and weight[0, 0] < 1
+
+
+@pytest.mark.parametrize("on_demand", [1, 1 << 40])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 16), (torch.float64, 16), (torch.bfloat16, 16), (torch.float64, 7)])
+def test_rows_are_updated_as_the_whole(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, width: int, decay: float, on_demand: int
+) -> None:
+    """The same bits from sparse gradients as from dense ones, through a round trip too: rows come, stay away, and come back.
+
+    Pieces of four rows hold none, few and most of those that came. What does not fill a vector is rounded otherwise.
+    """
+    monkeypatch.setattr("trueline.train.optimizer.CACHED", 4 * width)
+    monkeypatch.setattr("trueline.train.optimizer.ON_DEMAND", on_demand)
+    config, start = OptimizerConfig(weight_decay=decay), torch.randn(20, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    sparse, dense = (make_optimizer({"x": nn.Parameter(start.clone())}, config) for _ in range(2))
+    for step, rows in enumerate([[3, 4, 11], [4], [0, 19, 3, 7, 8, 9, 10], [5], []]):
+        gradient = torch.zeros(20, width, dtype=dtype)
+        gradient[rows] = torch.randn(len(rows), width, generator=torch.Generator().manual_seed(step + 1)).to(dtype)
+        dense.parameters["x"].grad = gradient
+        sparse.parameters["x"].grad = gradient.clone() if step == 3 else gradient.to_sparse(1)  # a dense one in between
+        for optimizer in (sparse, dense):
+            optimizer.collect()
+            optimizer.step(0.1)
+        same = torch.equal if width == 16 else partial(torch.allclose, rtol=1e-13, atol=0)
+        assert same(sparse.parameters["x"], dense.parameters["x"]), step
+        assert all(same(sparse.state()[name], x) for name, x in dense.state().items())
+        if step == 2:
+            resumed = make_optimizer({"x": nn.Parameter(sparse.parameters["x"].detach().clone())}, config)
+            resumed.load(sparse.state())
+            sparse = resumed
+
+
+@pytest.mark.parametrize(("dtype", "states"), [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "split")])
+def test_sparse_gradients_are_summed_by_row(dtype: torch.dtype, states: str) -> None:
+    weight = nn.Parameter(torch.zeros(50, 4, dtype=dtype))
+    optimizer = Optimizer({"x": weight}, OptimizerConfig(states=states))
+    tokens = torch.tensor([7, 7, 3, 49])
+    for _ in range(3):
+        nn.functional.embedding(tokens, weight, sparse=True).sum().backward()
+        optimizer.collect()
+    found = optimizer.gradients()["x"]
+    expected = torch.zeros(50, 4).index_add(0, tokens, torch.full((4, 4), 3.0))
+    assert torch.equal(found.to_dense().float(), expected) and found.is_sparse == (states == "float32")
+    assert not found.is_sparse or found.values().shape == (3, 4)
+    assert torch.equal(optimizer.gradients(all_of_them=True)["x"].float(), expected)  # what ranks add is dense
 
 
 def test_16_bit_gradients_are_summed_in_float32() -> None:

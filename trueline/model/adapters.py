@@ -122,6 +122,8 @@ def trainable(decoder: Decoder, role: str | None, kind: Kind, keep: Collection[s
     """
     if kind == "full":
         chosen = base_parameters(decoder)
+        # a batch has few of the vocabulary's tokens: on a CPU, where memory is what it waits for, only their rows have a gradient
+        decoder.embed.sparse = decoder.embed.weight.device.type == "cpu"
     elif role is None or not (chosen := adapter_parameters(decoder, role)):
         raise ValueError(f"role {role!r} has no adapter to train")
     kept = {name for other in keep for name in adapter_parameters(decoder, other)}

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from trueline.data.sample import Blocks
 from trueline.model.compiled import compiled
 from trueline.model.layout import Layout, Prefixed
+from trueline.model.norm import RMSNorm
 from trueline.model.rotary import RopeScaling, speeds
 
 
@@ -165,8 +166,8 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.hidden_size, config.num_kv_heads * config.head_dim, bias=config.qkv_bias)
         self.o = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
         self.window = config.windows[layer] if config.windows else None
         self.adapters = nn.ModuleDict()  # role -> projection name -> LowRank
 
@@ -197,8 +198,8 @@ class MLP(nn.Module):
         return project(self, "down", F.gelu(project(self, "up", x, role), approximate="tanh"), role)
 
 
-def make_norm(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+def make_norm(config: DecoderConfig) -> RMSNorm | nn.LayerNorm:
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.norm_eps)
 
 
@@ -210,7 +211,7 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config)
         self.mlp = MLP(config)
-        after = [nn.RMSNorm(config.hidden_size, eps=config.norm_eps) if config.post_norms else nn.Identity() for _ in range(2)]
+        after = [RMSNorm(config.hidden_size, eps=config.norm_eps) if config.post_norms else nn.Identity() for _ in range(2)]
         self.attention_post_norm, self.mlp_post_norm = after
 
     def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None, compile: bool = False) -> Tensor:

@@ -12,8 +12,9 @@ from trueline.model.decoder import Decoder
 
 CHUNK = 2048  # rows of logits alive at once on an accelerator; with fewer the matrix products slow down
 CPU_CHUNK = 256  # float32 rows on a CPU, twice as many 16-bit ones: more gain nothing there, and 2,048 rows of 151,936 are 1.2 GB
+HALVES = 2**25  # bytes of 16-bit logits for which more rows are taken: each chunk's part of the head's gradient is made and added by itself
 NARROW = 128  # rows for heads no wider than this, whose products need no more
-CACHED = 2**18  # logits that are worked on at once on a CPU: they stay in its second-level cache from the first pass to the last
+CACHED = 2**20  # logits that are worked on at once on a CPU: they stay in its caches, and waking its threads for each pass costs little
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,16 +112,19 @@ class _Gradients:
         return hidden, None if weight is None else weight.to(self.dtype)
 
 
-def chunk_rows(states: Tensor) -> int:
-    """Rows of logits alive at once for states `[T, D]`, or for a head's weight `[V, D]` of their format."""
-    if states.device.type != "cpu":
+def chunk_rows(weight: Tensor) -> int:
+    """Rows of logits alive at once for a head's weight `[V, D]`."""
+    if weight.device.type != "cpu":
         return CHUNK
-    return min(CHUNK, (NARROW if states.shape[1] <= NARROW else CPU_CHUNK) * (2 if states.itemsize == 2 else 1))
+    rows = (NARROW if weight.shape[1] <= NARROW else CPU_CHUNK) * (2 if weight.itemsize == 2 else 1)
+    if weight.itemsize == 2 and weight.shape[1] > NARROW:
+        rows = max(rows, HALVES // (2 * len(weight)))
+    return min(CHUNK, rows)
 
 
 def _chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Rows of `hidden`, their logits and the columns' rows, so many at a time as the logits of are held: all in the same memory."""
-    size = chunk_rows(hidden)
+    size = chunk_rows(weight)
     room = hidden.new_empty(min(size, len(hidden)), len(weight))
     for rows, *others in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
         yield rows, torch.mm(rows, weight.T, out=room[: len(rows)]), *others

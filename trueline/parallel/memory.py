@@ -1,12 +1,23 @@
 """How much memory a device has left, and how much was taken. One rule: what another process or a control group may not give is not free."""
 
+import math
+import mmap
 import resource
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 NO_LIMIT = 1 << 60  # cgroups write "no limit" as a number near 2^63
 UNKNOWN = 1 << 62  # where the system does not tell
+
+
+def zeros_on_demand(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU that take memory only as they are written, page by page: torch.zeros writes all of them at once."""
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)  # a page would be 2 MB
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def peak_memory_mb(device: torch.device | None = None) -> float:

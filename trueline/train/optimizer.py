@@ -9,10 +9,12 @@ from torch.optim.adamw import adamw
 
 from trueline.config.schema import OptimizerConfig
 from trueline.errors import UserError
-from trueline.train.stores import BLOCK, PIECE, STORES, draws, nearest
+from trueline.parallel.memory import zeros_on_demand
+from trueline.train.stores import BLOCK, PIECE, STORES, draws, without_halves
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
-CACHED = 1 << 16  # weights rounded at once: they stay in a CPU's cache from one operation to the next
+CACHED = 1 << 20  # weights rounded at once: they stay in a CPU's cache, and waking its threads for each piece costs little
+ON_DEMAND = 1 << 25  # bytes of moments from which rows that never have a gradient are worth saving
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -40,27 +42,37 @@ class Optimizer:
         self.sums: dict[str, Tensor] = {}  # gradients of `halves`, float32
         self.fused = all(p.device.type in FUSED for p in self.parameters.values())
         self.kept: dict[str, dict[str, Tensor]] = {}  # name -> step and what the update needs of the ones before, from the first on
+        self.begun: dict[str, Tensor] = {}  # where gradients are sparse: the rows that had one
 
     @torch.no_grad()
     def collect(self, only: str | None = None) -> None:
-        """Sums 16-bit gradients in float32: to be called after each backward, for in 16 bits they would lose bits."""
-        for name in self.halves if only is None else {only} & self.halves.keys():
-            parameter = self.halves[name]
-            if parameter.grad is not None:
+        """Sums 16-bit gradients in float32: to be called after each backward, for in 16 bits they would lose bits.
+
+        Sparse ones are brought to one entry a row, so that they stay smaller than dense ones; states in pieces need dense ones.
+        """
+        for name in self.parameters if only is None else (only,):
+            parameter = self.parameters[name]
+            if parameter.grad is not None and name in self.halves:
                 gradient = parameter.grad.to(torch.float32)
-                self.sums[name] = self.sums[name].add_(gradient) if name in self.sums else gradient
+                gradient = gradient if self.store is None else gradient.to_dense()
+                self.sums[name] = joined(self.sums[name].add_(gradient) if name in self.sums else gradient)
                 parameter.grad = None
+            elif parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = joined(parameter.grad)
 
     def gradients(self, names: Iterable[str] | None = None, all_of_them: bool = False) -> dict[str, Tensor]:
-        """Gradients by name, at least float32, of all parameters (or `names`) that have one; with `all_of_them`, zeros for the others."""
+        """Gradients by name, at least float32, of all parameters (or `names`) that have one; with `all_of_them` dense ones, zeros for the
+        others."""
         if all_of_them:
             for name, parameter in self.parameters.items():
+                found = self.gradient(name)
+                whole = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)) if found is None else found
                 if name in self.halves:
-                    self.sums.setdefault(name, torch.zeros_like(parameter, dtype=torch.float32))
-                elif parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-        found = {name: self.gradient(name) for name in names or self.parameters}
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
+                    self.sums[name] = whole.to_dense()
+                else:
+                    parameter.grad = whole.to_dense()
+        every = {name: self.gradient(name) for name in names or self.parameters}
+        return {name: gradient for name, gradient in every.items() if gradient is not None}
 
     def gradient(self, name: str) -> Tensor | None:
         return self.sums.get(name) if name in self.halves else self.parameters[name].grad
@@ -71,11 +83,18 @@ class Optimizer:
         gradients = self.gradients([only] if only else None)
         for name in gradients:
             if name not in self.kept:
-                fields = self._fields(name).items()
-                self.kept[name] = {f: torch.zeros(shape, dtype=dtype, device=self._place(f, name)) for f, (shape, dtype) in fields}
+                sparse = gradients[name].is_sparse
+                self.kept[name] = {field: self._zeros(name, field, sparse) for field in self._fields(name)}
+                if sparse:
+                    self.begun[name] = torch.zeros(len(gradients[name]), dtype=torch.bool, device=gradients[name].device)
         if self.store is None:
+            for name, gradient in gradients.items():
+                if gradient.is_sparse:
+                    self._update_rows(name, gradient, lr)
+                else:
+                    self.begun.pop(name, None)  # it reached every row
             for decayed in (True, False):
-                names = [name for name in gradients if decays(self.parameters[name]) is decayed]
+                names = [name for name, g in gradients.items() if decays(self.parameters[name]) is decayed and not g.is_sparse]
                 columns = [[self.kept[name][field] for name in names] for field in ("exp_avg", "exp_avg_sq", "step")]
                 if names:
                     self._update([self.masters[n] for n in names], [gradients[n] for n in names], *columns, lr=lr, decayed=decayed)
@@ -104,6 +123,42 @@ class Optimizer:
         settings = {"amsgrad": False, "maximize": False, "fused": self.fused or None}
         adamw(*lists, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self.config.eps, **settings)  # type: ignore[arg-type]
 
+    def _update_rows(self, name: str, gradient: Tensor, lr: float) -> None:
+        """The same update where only some rows `[rows, D]` have a gradient: the others' is 0. To the same bits if D fills CPU vectors.
+
+        Rows that never had one are left out: their moments are 0, so only weight decay changes them. The memory of moments that were
+        never written is not taken from the system.
+        """
+        kept, master = self.kept[name], self.masters[name]
+        moments, before = [kept["exp_avg"], kept["exp_avg_sq"]], kept["step"].clone()
+        if name not in self.begun:
+            self.begun[name] = (moments[0] != 0).any(1) | (moments[1] != 0).any(1)
+        begun, places = self.begun[name], gradient.indices()[0]
+        begun[places] = True
+        entry = torch.full_like(begun, -1, dtype=torch.int64)
+        entry[places] = torch.arange(len(places), device=places.device)
+        size = max(1, CACHED // master.shape[1])
+        for start in range(0, len(master), size):
+            known, found = begun[start : start + size], entry[start : start + size]
+            views = [x[start : start + size] for x in (master, *moments)]
+            parts: list[tuple[Tensor | None, list[Tensor]]]
+            if 2 * int(known.sum()) >= len(known):  # picking them out would take longer than all of them
+                parts = [(None, views)]
+            else:
+                parts = [(known.nonzero()[:, 0], views)]
+                parts += [((~known).nonzero()[:, 0], views[:1])] if self.config.weight_decay else []
+            for rows, written in parts:
+                columns = views if rows is None else [x.index_select(0, rows) for x in views]
+                numbers = found if rows is None else found[rows]
+                has = (numbers >= 0).nonzero()[:, 0]
+                change = torch.zeros_like(columns[0])
+                change.index_copy_(0, has, gradient.values().index_select(0, numbers[has]))
+                kept["step"].copy_(before)
+                self._update(columns[:1], [change], columns[1:2], columns[2:], [kept["step"]], lr=lr, decayed=True)
+                if rows is not None:
+                    for whole, column in zip(written, columns, strict=False):
+                        whole.index_copy_(0, rows, column)
+
     def _update_in_pieces(self, name: str, gradient: Tensor, lr: float) -> None:
         """Widens a piece of the weight at a time, so that float32 copies of the whole never exist."""
         assert self.store is not None
@@ -131,9 +186,10 @@ class Optimizer:
         """Brings 16-bit parameters to their masters; on a CPU a piece at a time: whole copies would be made again for each operation."""
         for name in self.halves.keys() & set(names) & self.masters.keys():
             parameter, master = self.parameters[name].detach(), self.masters[name]
-            size = CACHED if parameter.device.type == "cpu" else max(parameter.numel(), 1)
+            size = min(CACHED, parameter.numel()) if parameter.device.type == "cpu" else max(parameter.numel(), 1)
+            room = torch.empty(size, dtype=torch.int32, device=parameter.device)
             for narrow, wide in zip(parameter.view(-1).split(size), master.view(-1).split(size), strict=True):
-                narrow.copy_(nearest(wide) if narrow.dtype == torch.bfloat16 else wide)
+                narrow.copy_(without_halves(wide, room[: len(wide)]) if narrow.dtype == torch.bfloat16 else wide)
 
     def memory(self) -> tuple[int, int]:
         """Bytes of one step's gradients, and of all that is kept between updates, once there was one."""
@@ -158,6 +214,7 @@ class Optimizer:
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state` gave, bit for bit. UserError when it belongs to other parameters or states."""
         self._check(state)
+        self.begun.clear()
         for name, parameter in self.parameters.items():
             if name in self.masters and self.masters[name] is not parameter:
                 self.masters[name].copy_(state[f"{name}.master"])
@@ -174,6 +231,12 @@ class Optimizer:
             return step | {f: ((n,), dtype) for f, (n, dtype) in self.store.fields(self.parameters[name].numel()).items()}
         master = self.masters[name]
         return step | {field: (tuple(master.shape), master.dtype) for field in ("exp_avg", "exp_avg_sq")}
+
+    def _zeros(self, name: str, field: str, sparse: bool) -> Tensor:
+        shape, dtype = self._fields(name)[field]
+        if sparse and math.prod(shape) * dtype.itemsize >= ON_DEMAND:
+            return zeros_on_demand(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=self._place(field, name))
 
     def _place(self, field: str, name: str) -> torch.device:
         on_cpu = field == "step" and not self.fused  # where torch's AdamW keeps its step counter, too
@@ -205,6 +268,16 @@ class Optimizer:
 def make_optimizer(named: Mapping[str, nn.Parameter], config: OptimizerConfig, seed: int = 0) -> Optimizer:
     """An optimizer for the parameters in `named` that are trained (`requires_grad`); `seed` is for stochastic rounding."""
     return Optimizer({name: p for name, p in named.items() if p.requires_grad}, config, seed)
+
+
+def joined(gradient: Tensor) -> Tensor:
+    """A gradient with one entry for each row if it is sparse; a dense one is returned as it is."""
+    return gradient.coalesce() if gradient.is_sparse else gradient
+
+
+def entries(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient in its own memory: of a sparse one (`joined`) those of its rows, for the rest is 0."""
+    return gradient.values() if gradient.is_sparse else gradient
 
 
 def decays(parameter: Tensor) -> bool:

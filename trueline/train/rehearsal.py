@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from trueline.config.schema import OptimizerConfig
 from trueline.model.batch import Batch
 from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogProbability, Scorer
 from trueline.train.memory_plan import Peak
-from trueline.train.optimizer import Optimizer
+from trueline.train.optimizer import Optimizer, entries
 from trueline.train.step import each_gradient
 from trueline.train.stores import PIECE
 
@@ -39,9 +39,9 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)}
+        given = {x.untyped_storage()._cdata for x in tree_flatten((args, kwargs))[0] if _in_memory(x)}
         for x in tree_flatten(result)[0]:
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata not in given:
+            if _in_memory(x) and x.untyped_storage()._cdata not in given:
                 self._add(x)
         return result
 
@@ -64,6 +64,11 @@ class Watch(TorchDispatchMode):
 
     def found(self) -> Peak:
         return self.peak.scaled(self.top)
+
+
+def _in_memory(x: object) -> TypeGuard[Tensor]:
+    """Not sparse tensors, whose entries are tensors of their own."""
+    return isinstance(x, Tensor) and not x.is_sparse
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def rehearse_step(
 
     def look(live: dict[int, Made]) -> Peak:
         held = [p.grad for p in optimizer.parameters.values() if p.grad is not None] + list(optimizer.sums.values())
-        keys = {x.untyped_storage()._cdata for x in held}
+        keys = {entries(x).untyped_storage()._cdata for x in held}
         gradients = sum(made.size for key, made in live.items() if key in keys or made.shape == wide)
         logits = sum(made.size for made in live.values() if made.shape[-1:] == (vocabulary,))
         return Peak(gradients=gradients, logits=logits, activations=sum(made.size for made in live.values()) - gradients - logits)
@@ -116,7 +121,7 @@ def rehearse_step(
             optimizer.collect()
     if early:
         return watch.found()
-    gradients = sum(gradient.untyped_storage().nbytes() for gradient in optimizer.gradients().values())
+    gradients = sum(entries(gradient).untyped_storage().nbytes() for gradient in optimizer.gradients().values())
     update = Peak(gradients=gradients, activations=largest)
     return max(watch.found(), update, key=lambda peak: peak.total)
 

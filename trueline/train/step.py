@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from trueline.errors import RunError, out_of_memory
 from trueline.parallel.world import World, all_sum
-from trueline.train.optimizer import Optimizer
+from trueline.train.optimizer import Optimizer, entries
 
 B = TypeVar("B")
 Totals = dict[str, tuple[Tensor, Tensor | int]]
@@ -70,7 +70,7 @@ def train_step(
     gradients = optimizer.gradients(all_of_them=world.size > 1)
     for gradient in gradients.values() if world.size > 1 else ():
         gradient.copy_(all_sum(world, gradient))  # every rank holds all of the weights
-    norm = get_total_norm(gradients.values())
+    norm = get_total_norm([entries(gradient) for gradient in gradients.values()])
     totals["loss"] = (torch.stack(losses).double().sum(), 1 if world.first else 0)  # already divided: summed over ranks, not averaged
     result = average(totals, world) | {"grad_norm": float(norm)}
     if not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])):
@@ -79,7 +79,7 @@ def train_step(
     shrink = (math.inf if max_norm is None else max_norm) / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
     if shrink < 1:
         for gradient in gradients.values():
-            gradient.mul_(shrink)
+            entries(gradient).mul_(shrink)
     del gradients  # the step drops them one after the other
     optimizer.step(lr)
     return result
@@ -97,7 +97,7 @@ def _update_in_backward(
     def update(name: str) -> None:
         gradient = optimizer.gradient(name)
         assert gradient is not None
-        norm = torch.linalg.vector_norm(gradient)
+        norm = torch.linalg.vector_norm(entries(gradient))
         if not norm.isfinite():
             raise NonFinite(step, f"gradient of {name}", batches)
         norms[name] = norm
@@ -248,6 +248,6 @@ def _diagnose(
         if not loss.isfinite():
             return NonFinite(step, f"loss of micro-batch {i + 1} of {len(batches)}", [batches[i]])
     for name, gradient in gradients.items():
-        if not gradient.isfinite().all():
+        if not entries(gradient).isfinite().all():
             return NonFinite(step, f"gradient of {name}", batches)
     return NonFinite(step, "gradient norm (its parts are finite)" if gradients else "loss of another rank", batches)

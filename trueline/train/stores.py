@@ -102,7 +102,15 @@ def draws(seed: int, step: int, index: int, place: int, n: int, device: torch.de
 
 def nearest(wide: Tensor) -> Tensor:
     """float32 to the nearest bfloat16, halves away from zero: unlike halves to even, what is cut off always fits in 16 bits."""
-    return ((wide.view(torch.int32) + LEVELS // 2) & -LEVELS).view(torch.float32).to(torch.bfloat16)
+    return without_halves(wide).to(torch.bfloat16)
+
+
+def without_halves(wide: Tensor, room: Tensor | None = None) -> Tensor:
+    """Finite float32 numbers with their last bit set, in `room` (int32) if given: a plain conversion brings them to `nearest(wide)`.
+
+    A half then lies beyond the middle, and nothing else comes nearer to another neighbour.
+    """
+    return torch.bitwise_or(wide.view(torch.int32), 1, out=room).view(torch.float32)
 
 
 def stochastic(wide: Tensor, draw: Tensor) -> Tensor:
