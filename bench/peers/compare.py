@@ -78,6 +78,7 @@ def rollout(name: str, model: str, case: str, generate: str = "", batching: str 
     mine = [Side(dtype, where[0], ("trueline", *where[1:], "--dtype", dtype), near=dtype == "auto") for dtype in ("float32", "auto")]
     peers = {"transformers, generate": ("generate", generate), "transformers, continuous batching": ("batching", batching)}
     theirs = [Side(shown, where[0], (side, *where[1:])) for shown, (side, _) in peers.items()]
+    theirs.append(Side("transformers, generate in bfloat16", where[0], ("generate", *where[1:], "--dtype", "auto"), near=True))
     targets = {f"{side.name}, {shown}": target for side in mine for shown, (_, target) in peers.items() if target}
     return Group(f"rollout {name}", tuple(mine), tuple(theirs), targets=targets)
 

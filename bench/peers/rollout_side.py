@@ -80,7 +80,7 @@ def main() -> None:
     exact: list[str] = []
     dtype = torch.bfloat16 if given.dtype == "auto" and fast_bfloat16() else torch.float32  # as for a PPO run on a model of this width
     model = models(given.model, dtype)[which]
-    gap = log_probability_gap(given.model, few) if dtype == torch.bfloat16 else 0.0
+    gap = log_probability_gap(given.model, few) if dtype == torch.bfloat16 and not which else 0.0
 
     def run() -> dict[str, Any]:
         if not exact:
