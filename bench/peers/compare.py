@@ -3,7 +3,7 @@
 `python bench/peers/compare.py [--environment NAME=DIR ...] [--only GROUP ...] [--runs N] [--steps N] [--threads N] [--write]`;
 `make bench-peers` makes the environments and calls this. Every side of a group stays open in a process of its own, and they run in turns.
 Prints a JSON line for each reading and ends with a table: tokens per second of the steps after the first (medians over the runs), their
-ratio with the smallest and the largest that any two runs give, and most memory. A ratio whose range holds 1 is within the spread: no claim.
+ratio with the smallest and the largest that any two runs give, and most memory by the end of the first. A ratio whose range holds 1 is within the spread: no claim.
 `--write` puts the rows into docs/benchmarks.md.
 """
 
@@ -308,7 +308,7 @@ def row(
     fast, slow = rates(group, ours_read, records), rates(group, peer_read, records)
     ratio, low, high = statistics.median(fast) / statistics.median(slow), min(fast) / max(slow), max(fast) / min(slow)
     claim = f"{ratio:.2f} ({low:.2f} to {high:.2f})" if not low <= 1 <= high else f"within the spread ({low:.2f} to {high:.2f})"
-    peaks = [max(r["peak_mb"] for r in readings) for readings in (ours_read, peer_read)]
+    peaks = [readings[0]["peak_mb"] for readings in (ours_read, peer_read)]  # of a process that ran once: later readings pile up
     cells = (f"{statistics.median(fast):,.0f}", f"{statistics.median(slow):,.0f}", claim, *(f"{p:,}" for p in peaks), target, today)
     return Row(case, beside, cells)
 
