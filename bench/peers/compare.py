@@ -3,7 +3,8 @@
 `python bench/peers/compare.py [--environment NAME=DIR ...] [--only GROUP ...] [--runs N] [--steps N] [--threads N] [--write]`;
 `make bench-peers` makes the environments and calls this. Every side of a group stays open in a process of its own, and they run in turns.
 Prints a JSON line for each reading and ends with a table: tokens per second of the steps after the first (medians over the runs), their
-ratio with the smallest and the largest that any two runs give, and most memory by the end of the first. A ratio whose range holds 1 is within the spread: no claim.
+ratio with the smallest and the largest that any two runs give, and most memory by the end of the first. A ratio whose range holds 1 is
+within the spread: no claim.
 `--write` puts the rows into docs/benchmarks.md.
 """
 
