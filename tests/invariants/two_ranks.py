@@ -27,9 +27,9 @@ class Kept(Optimizer):
 
     last: dict[str, Tensor]
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, only: str | None = None, scale: Tensor | None = None) -> None:
         self.last = {name: g.to_dense().clone() for name, g in self.gradients().items()}
-        super().step(lr)
+        super().step(lr, only, scale)
 
 
 def pairs() -> list[Pair]:

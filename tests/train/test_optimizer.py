@@ -12,7 +12,7 @@ from torch import nn
 
 from trueline.config.schema import OptimizerConfig
 from trueline.errors import UserError
-from trueline.train.optimizer import Optimizer, decays, learning_rate, make_optimizer, warmup_steps
+from trueline.train.optimizer import Optimizer, decays, learning_rate, make_optimizer, norm_parts, warmup_steps
 from trueline.train.stores import nearest
 
 
@@ -154,6 +154,31 @@ def test_16_bit_gradients_are_summed_in_float32() -> None:
         weight.grad = torch.full_like(weight, value)
         optimizer.collect()
     assert optimizer.gradients()["weight"].item() == 1 + 300 * 2.0**-9
+
+
+@pytest.mark.parametrize("states", ["float32", "split", "bfloat16", "int8"])
+def test_the_only_gradient_of_a_step_keeps_its_16_bits_and_gives_the_same_update(states: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widened a piece at a time, and scaled then: the same bits as a float32 gradient that was scaled before."""
+    monkeypatch.setattr("trueline.train.optimizer.CACHED", 256)
+    monkeypatch.setattr("trueline.train.optimizer.PIECE", 512)
+    config = OptimizerConfig(states=states, weight_decay=0.1)
+    torch.manual_seed(0)
+    start = torch.randn(40, 32).bfloat16()
+    narrow, wide = (Optimizer({"x": nn.Parameter(start.clone())}, config, seed=3) for _ in range(2))
+    scale = torch.tensor(0.37)
+    for _ in range(3):
+        gradient = torch.randn(40, 32).bfloat16()
+        for optimizer in (narrow, wide):
+            optimizer.parameters["x"].grad = gradient.clone()
+            optimizer.collect()
+        assert narrow.gradients()["x"].dtype == torch.bfloat16
+        wide.sums["x"] = wide.sums["x"].float()
+        norm = torch.linalg.vector_norm(norm_parts(narrow.gradients()["x"]))
+        assert norm.item() == pytest.approx(gradient.double().norm().item(), rel=1e-6)
+        for optimizer in (narrow, wide):
+            optimizer.step(0.1, scale=scale)
+        assert torch.equal(narrow.parameters["x"], wide.parameters["x"])
+        assert all(torch.equal(narrow.state()[name], x) for name, x in wide.state().items())
 
 
 @pytest.mark.parametrize(

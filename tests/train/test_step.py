@@ -18,9 +18,9 @@ class Kept(Optimizer):
 
     last: dict[str, Tensor]
 
-    def step(self, lr: float) -> None:
-        self.last = {name: g.clone() for name, g in self.gradients().items()}
-        super().step(lr)
+    def step(self, lr: float, only: str | None = None, scale: Tensor | None = None) -> None:
+        self.last = {name: g.clone() if scale is None else g * scale for name, g in self.gradients().items()}
+        super().step(lr, only, scale)
 
 
 def weight(*values: float) -> nn.Parameter:

@@ -14,6 +14,7 @@ from trueline.train.stores import BLOCK, PIECE, STORES, draws, without_halves
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
 CACHED = 1 << 20  # weights rounded at once: they stay in a CPU's cache, and waking its threads for each piece costs little
+LAUNCHED = 1 << 26  # the same on an accelerator, where a piece costs some launches
 ON_DEMAND = 1 << 25  # bytes of moments from which rows that never have a gradient are worth saving
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -21,9 +22,10 @@ HALVES = (torch.bfloat16, torch.float16)
 class Optimizer:
     """AdamW (arXiv:1711.05101) over named parameters.
 
-    The gradients of a 16-bit parameter are summed in float32. With `optimizer.states: float32` it has a float32 master copy, on which the
-    update happens, and the parameter is the master rounded; for every other parameter the master is the parameter itself. With other
-    states there are no masters: `stores.STORES` says what is kept.
+    The gradients of a 16-bit parameter are summed in float32; the only one of a step stays as it is until the update, which widens it a
+    piece at a time. With `optimizer.states: float32` the parameter has a float32 master copy, on which the update happens, and is the
+    master rounded; for every other parameter the master is the parameter itself. With other states there are no masters:
+    `stores.STORES` says what is kept.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, seed: int = 0):
@@ -39,34 +41,34 @@ class Optimizer:
             parameter.data = parameter.data.contiguous()  # rounded and updated in flat pieces
         self.masters: dict[str, Tensor] = {} if self.store else {name: _master(p) for name, p in self.parameters.items()}
         self.numbers = {name: i for i, name in enumerate(self.parameters)}
-        self.sums: dict[str, Tensor] = {}  # gradients of `halves`, float32
+        self.sums: dict[str, Tensor] = {}  # gradients of `halves`: 16 bits of one micro-batch's, float32 of several and of sparse ones
         self.fused = all(p.device.type in FUSED for p in self.parameters.values())
         self.kept: dict[str, dict[str, Tensor]] = {}  # name -> step and what the update needs of the ones before, from the first on
         self.begun: dict[str, Tensor] = {}  # where gradients are sparse: the rows that had one
 
     @torch.no_grad()
     def collect(self, only: str | None = None) -> None:
-        """Sums 16-bit gradients in float32: to be called after each backward, for in 16 bits they would lose bits.
+        """Sums 16-bit gradients in float32 from the second on: to be called after each backward, for in 16 bits they would lose bits.
 
         Sparse ones are brought to one entry a row, so that they stay smaller than dense ones; states in pieces need dense ones.
         """
         for name in self.parameters if only is None else (only,):
             parameter = self.parameters[name]
             if parameter.grad is not None and name in self.halves:
-                gradient = parameter.grad.to(torch.float32)
+                gradient = parameter.grad.to(torch.float32) if parameter.grad.is_sparse else parameter.grad
                 gradient = gradient if self.store is None else gradient.to_dense()
-                self.sums[name] = joined(self.sums[name].add_(gradient) if name in self.sums else gradient)
+                self.sums[name] = joined(self.sums[name].to(torch.float32).add_(gradient) if name in self.sums else gradient)
                 parameter.grad = None
             elif parameter.grad is not None and parameter.grad.is_sparse:
                 parameter.grad = joined(parameter.grad)
 
     def gradients(self, names: Iterable[str] | None = None, all_of_them: bool = False) -> dict[str, Tensor]:
-        """Gradients by name, at least float32, of all parameters (or `names`) that have one; with `all_of_them` dense ones, zeros for the
-        others."""
+        """Gradients by name of all parameters (or `names`) that have one; with `all_of_them` dense ones of at least float32, zeros for
+        the others."""
         if all_of_them:
             for name, parameter in self.parameters.items():
-                found = self.gradient(name)
-                whole = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)) if found is None else found
+                found, dtype = self.gradient(name), torch.promote_types(parameter.dtype, torch.float32)
+                whole = torch.zeros_like(parameter, dtype=dtype) if found is None else found.to(dtype)
                 if name in self.halves:
                     self.sums[name] = whole.to_dense()
                 else:
@@ -78,30 +80,35 @@ class Optimizer:
         return self.sums.get(name) if name in self.halves else self.parameters[name].grad
 
     @torch.no_grad()
-    def step(self, lr: float, only: str | None = None) -> None:
-        """One update at learning rate `lr`, of all parameters or `only` of one; their gradients are dropped."""
+    def step(self, lr: float, only: str | None = None, scale: Tensor | None = None) -> None:
+        """One update at learning rate `lr`, of all parameters or `only` of one, with their gradients times `scale`; these are dropped."""
         gradients = self.gradients([only] if only else None)
+        if scale is not None:
+            for gradient in gradients.values():
+                if gradient.dtype not in HALVES:
+                    entries(gradient).mul_(scale)
         for name in gradients:
             if name not in self.kept:
                 sparse = gradients[name].is_sparse
                 self.kept[name] = {field: self._zeros(name, field, sparse) for field in self._fields(name)}
                 if sparse:
                     self.begun[name] = torch.zeros(len(gradients[name]), dtype=torch.bool, device=gradients[name].device)
-        if self.store is None:
-            for name, gradient in gradients.items():
-                if gradient.is_sparse:
-                    self._update_rows(name, gradient, lr)
-                else:
-                    self.begun.pop(name, None)  # it reached every row
-            for decayed in (True, False):
-                names = [name for name, g in gradients.items() if decays(self.parameters[name]) is decayed and not g.is_sparse]
-                columns = [[self.kept[name][field] for name in names] for field in ("exp_avg", "exp_avg_sq", "step")]
-                if names:
-                    self._update([self.masters[n] for n in names], [gradients[n] for n in names], *columns, lr=lr, decayed=decayed)
-            self._round(gradients)
-        else:
-            for name in gradients:
-                self._update_in_pieces(name, gradients[name], lr)
+        at_once: list[str] = []
+        for name, gradient in gradients.items():
+            if gradient.is_sparse:
+                self._update_rows(name, gradient, lr)
+                continue
+            self.begun.pop(name, None)  # it reached every row
+            if self.store is not None or gradient.dtype in HALVES:
+                self._update_in_pieces(name, gradient, lr, scale)
+            else:
+                at_once.append(name)
+        for decayed in (True, False):
+            names = [name for name in at_once if decays(self.parameters[name]) is decayed]
+            columns = [[self.kept[name][field] for name in names] for field in ("exp_avg", "exp_avg_sq", "step")]
+            if names:
+                self._update([self.masters[n] for n in names], [gradients[n] for n in names], *columns, lr=lr, decayed=decayed)
+        self._round(gradients)
         del gradients
         self.clear(only)
 
@@ -159,21 +166,30 @@ class Optimizer:
                     for whole, column in zip(written, columns, strict=False):
                         whole.index_copy_(0, rows, column)
 
-    def _update_in_pieces(self, name: str, gradient: Tensor, lr: float) -> None:
-        """Widens a piece of the weight at a time, so that float32 copies of the whole never exist."""
-        assert self.store is not None
+    def _update_in_pieces(self, name: str, gradient: Tensor, lr: float, scale: Tensor | None) -> None:
+        """Widens a piece of the weight or of its 16-bit gradient at a time, so that float32 copies of the whole never exist."""
         parameter, kept = self.parameters[name], self.kept[name]
         weight, flat, before = parameter.detach().view(-1), gradient.reshape(-1), kept["step"].clone()
-        for start in range(0, len(weight), PIECE):
-            stop = min(start + PIECE, len(weight))
-            blocks = slice(start // BLOCK, -(-stop // BLOCK))
-            piece = {f: x[blocks if f.endswith("scale") else slice(start, stop)] for f, x in kept.items() if f != "step"}
-            values = self.store.read(weight[start:stop], piece)
+        size = PIECE if self.store is not None else piece_of(weight)
+        for start in range(0, len(weight), size):
+            stop = min(start + size, len(weight))
+            change = flat[start:stop]
+            if change.dtype in HALVES:
+                change = change.to(torch.float32)
+                change = change if scale is None else change.mul_(scale)
+            if self.store is None:
+                master, mean, square = (x.view(-1)[start:stop] for x in (self.masters[name], kept["exp_avg"], kept["exp_avg_sq"]))
+                values = master, mean, square
+            else:
+                blocks = slice(start // BLOCK, -(-stop // BLOCK))
+                piece = {f: x[blocks if f.endswith("scale") else slice(start, stop)] for f, x in kept.items() if f != "step"}
+                values = self.store.read(weight[start:stop], piece)
             kept["step"].copy_(before)
-            lists = [[x] for x in (values[0], flat[start:stop], *values[1:], kept["step"])]
+            lists = [[x] for x in (values[0], change, *values[1:], kept["step"])]
             self._update(*lists, lr=lr, decayed=decays(parameter))
-            draw = draws(self.seed, int(before), self.numbers[name], start, stop - start, weight.device)
-            self.store.write(weight[start:stop], piece, values, draw)
+            if self.store is not None:
+                draw = draws(self.seed, int(before), self.numbers[name], start, stop - start, weight.device)
+                self.store.write(weight[start:stop], piece, values, draw)
 
     def clear(self, only: str | None = None) -> None:
         """Drops the gradients, or `only` one."""
@@ -183,17 +199,17 @@ class Optimizer:
 
     @torch.no_grad()
     def _round(self, names: Iterable[str]) -> None:
-        """Brings 16-bit parameters to their masters; on a CPU a piece at a time: whole copies would be made again for each operation."""
+        """Brings 16-bit parameters to their masters, a piece at a time: whole copies would be made again for each operation."""
         for name in self.halves.keys() & set(names) & self.masters.keys():
             parameter, master = self.parameters[name].detach(), self.masters[name]
-            size = min(CACHED, parameter.numel()) if parameter.device.type == "cpu" else max(parameter.numel(), 1)
+            size = min(piece_of(parameter), max(parameter.numel(), 1))
             room = torch.empty(size, dtype=torch.int32, device=parameter.device)
             for narrow, wide in zip(parameter.view(-1).split(size), master.view(-1).split(size), strict=True):
                 narrow.copy_(without_halves(wide, room[: len(wide)]) if narrow.dtype == torch.bfloat16 else wide)
 
     def memory(self) -> tuple[int, int]:
         """Bytes of one step's gradients, and of all that is kept between updates, once there was one."""
-        sums = sum(p.numel() * 4 for p in self.halves.values())  # float32, beside the backward pass's own
+        sums = sum(p.numel() * 4 for p in self.halves.values())  # float32, beside the backward pass's own: in steps of several
         gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
         fields = [(math.prod(shape), dtype) for name in self.parameters for shape, dtype in self._fields(name).values()]
         masters = sum(m.numel() * m.element_size() for name, m in self.masters.items() if m is not self.parameters[name])
@@ -273,6 +289,20 @@ def make_optimizer(named: Mapping[str, nn.Parameter], config: OptimizerConfig, s
 def joined(gradient: Tensor) -> Tensor:
     """A gradient with one entry for each row if it is sparse; a dense one is returned as it is."""
     return gradient.coalesce() if gradient.is_sparse else gradient
+
+
+def piece_of(weight: Tensor) -> int:
+    """How many weights are widened at once where they need not be."""
+    return CACHED if weight.device.type == "cpu" else LAUNCHED
+
+
+def norm_parts(gradient: Tensor) -> Tensor:
+    """At least float32, and of the gradient's norm: its entries, or of a 16-bit one the norms of its pieces."""
+    numbers = entries(gradient)
+    if numbers.dtype not in HALVES:
+        return numbers
+    pieces = numbers.reshape(-1).split(piece_of(numbers))
+    return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces])
 
 
 def entries(gradient: Tensor) -> Tensor:

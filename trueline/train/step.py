@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from trueline.errors import RunError, out_of_memory
 from trueline.parallel.world import World, all_sum
-from trueline.train.optimizer import Optimizer, entries
+from trueline.train.optimizer import Optimizer, entries, norm_parts
 
 B = TypeVar("B")
 Totals = dict[str, tuple[Tensor, Tensor | int]]
@@ -70,18 +70,15 @@ def train_step(
     gradients = optimizer.gradients(all_of_them=world.size > 1)
     for gradient in gradients.values() if world.size > 1 else ():
         gradient.copy_(all_sum(world, gradient))  # every rank holds all of the weights
-    norm = get_total_norm([entries(gradient) for gradient in gradients.values()])
+    norm = get_total_norm([norm_parts(gradient) for gradient in gradients.values()])
     totals["loss"] = (torch.stack(losses).double().sum(), 1 if world.first else 0)  # already divided: summed over ranks, not averaged
     result = average(totals, world) | {"grad_norm": float(norm)}
     if not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"])):
         optimizer.clear()
         raise _diagnose(optimizer, batches, losses, gradients, step)
     shrink = (math.inf if max_norm is None else max_norm) / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
-    if shrink < 1:
-        for gradient in gradients.values():
-            entries(gradient).mul_(shrink)
-    del gradients  # the step drops them one after the other
-    optimizer.step(lr)
+    del gradients  # the step drops them
+    optimizer.step(lr, scale=shrink if shrink < 1 else None)
     return result
 
 
@@ -97,7 +94,7 @@ def _update_in_backward(
     def update(name: str) -> None:
         gradient = optimizer.gradient(name)
         assert gradient is not None
-        norm = torch.linalg.vector_norm(entries(gradient))
+        norm = torch.linalg.vector_norm(norm_parts(gradient))
         if not norm.isfinite():
             raise NonFinite(step, f"gradient of {name}", batches)
         norms[name] = norm
