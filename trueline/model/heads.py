@@ -14,7 +14,8 @@ CHUNK = 2048  # rows of logits alive at once on an accelerator; with fewer the m
 CPU_CHUNK = 256  # float32 rows on a CPU, twice as many 16-bit ones: more gain nothing there, and 2,048 rows of 151,936 are 1.2 GB
 HALVES = 2**25  # bytes of 16-bit logits for which more rows are taken: each chunk's part of the head's gradient is made and added by itself
 NARROW = 128  # rows for heads no wider than this, whose products need no more
-CACHED = 2**20  # logits that are worked on at once on a CPU: they stay in its caches, and waking its threads for each pass costs little
+LAUNCHED = 2**26  # numbers of a 16-bit product on an accelerator that are added at once
+CACHED = 2**20  # the same on a CPU, and logits that are worked on at once there: they stay in its caches; waking its threads costs little
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,14 +46,10 @@ class LinearLogProbability(torch.autograd.Function):
         hidden, weight, target, totals = ctx.saved_tensors  # type: ignore[attr-defined]
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
         sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
-        for rows, change, wanted, total, slope in _chunks(hidden, weight, target, totals, grad / temperature):
-            for logits, targets, norm, factor in _blocks(change, wanted, total, slope):
-                # d log p / d logits = onehot - softmax, made in the logits' own memory
-                wide = _wide(logits)
-                wide = wide if temperature == 1 else wide.div_(temperature)
-                wide.sub_(norm[:, None]).exp_().mul_(-factor[:, None]).scatter_add_(-1, targets[:, None], factor[:, None])
-                logits.copy_(wide)
+        for rows, change, *columns in _chunks(hidden, weight, target, totals, grad / temperature):
+            _slopes(temperature, change, *columns)
             sums.add(rows, change)
+        del rows, change  # the logits' memory: what follows may need it
         return *sums.whole(), None, None
 
 
@@ -96,10 +93,11 @@ class _Gradients:
             torch.mm(change, self.source, out=self.hidden[self.done : self.done + len(rows)])
         if self.weight is not None and self.weight.dtype == change.dtype:
             self.weight.addmm_(change.T, rows, beta=0 if self.first else 1)  # with 0, what the memory held does not count
-        elif self.weight is not None and self.first:
-            self.weight.copy_(change.T @ rows)
         elif self.weight is not None:
-            self.weight += change.T @ rows
+            size = max(1, (CACHED if change.device.type == "cpu" else LAUNCHED) // rows.shape[1])
+            for whole, part in zip(self.weight.split(size), change.split(size, 1), strict=True):  # so that no 16-bit sum is as large
+                product = part.T @ rows
+                whole.copy_(product) if self.first else whole.add_(product)
         self.done, self.first = self.done + len(rows), False
 
     def whole(self, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -110,6 +108,15 @@ class _Gradients:
         if scale is not None:
             hidden, weight = (None if x is None else x.mul_(scale) for x in (hidden, weight))
         return hidden, None if weight is None else weight.to(self.dtype)
+
+
+def _slopes(temperature: float, change: Tensor, target: Tensor, total: Tensor, slope: Tensor) -> None:
+    """Makes d log p / d logits times `slope` of a chunk's logits, onehot - softmax, in their own memory."""
+    for logits, targets, norm, factor in _blocks(change, target, total, slope):
+        wide = _wide(logits)
+        wide = wide if temperature == 1 else wide.div_(temperature)
+        wide.sub_(norm[:, None]).exp_().mul_(-factor[:, None]).scatter_add_(-1, targets[:, None], factor[:, None])
+        logits.copy_(wide)
 
 
 def chunk_rows(weight: Tensor) -> int:
