@@ -5,7 +5,7 @@
 Prints a JSON line for each reading and ends with a table: tokens per second of the steps after the first (medians over the runs), their
 ratio with the smallest and the largest that any two runs give, and most memory by the end of the first. A ratio whose range holds 1 is
 within the spread: no claim.
-`--write` puts the rows into docs/benchmarks.md.
+`--write` puts the rows into this machine's table in docs/benchmarks.md.
 """
 
 import argparse
@@ -25,10 +25,13 @@ from typing import Any
 from material import draw_records, write_model, write_ppo, write_records
 from sides import PUBLISHED, SIZE, SIZES
 
+from trueline.parallel.world import fast_bfloat16
+
 HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent.parent / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- peers: written by compare.py -->", "<!-- peers end -->"
 HEAD = "| case | beside | trueline, tokens/s | peer, tokens/s | ratio (range) | peak MB, trueline | peak MB, peer | must / goal | date |"
+NO_BFLOAT16 = "this CPU has no fast bfloat16"
 EQUAL = 2e-5  # relative, on the losses of the first two steps, float32
 NEAR = 2e-2  # the same for bfloat16
 PPO_EQUAL = 1e-4  # absolute, on log-probabilities, values and scores
@@ -45,6 +48,7 @@ class Side:
     arguments: tuple[str, ...]
     environment: str = ""
     near: bool = False  # bfloat16: equal to `NEAR` only
+    autocast: bool = False  # bfloat16 in what is timed, not in what is compared
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ def factory(*arguments: str, model: str = "model") -> Side:
     return Side("LLaMA-Factory, packing", "lf_side.py", (arguments[0], *places, *arguments[1:]), "lf")
 
 
-def rollout(name: str, model: str, case: str, generate: str = "", batching: str = "") -> Group:
-    """16 requests at once. `generate`, `batching`: what is aimed at beside each of them."""
-    where = ("rollout_side.py", case, "16", model)
+def rollout(name: str, model: str, case: str, generate: str = "", batching: str = "", at_once: int = 16) -> Group:
+    """`at_once` requests at a time. `generate`, `batching`: what is aimed at beside each of them."""
+    where = ("rollout_side.py", case, str(at_once), model)
     mine = [Side(dtype, where[0], ("trueline", *where[1:], "--dtype", dtype), near=dtype == "auto") for dtype in ("float32", "auto")]
     peers = {"transformers, generate": ("generate", generate), "transformers, continuous batching": ("batching", batching)}
     theirs = [Side(shown, where[0], (side, *where[1:])) for shown, (side, _) in peers.items()]
@@ -88,7 +92,10 @@ def ppo(name: str, arguments: tuple[str, ...], theirs: dict[str, tuple[str, ...]
     """`theirs`: each peer's environment, script and own arguments. A peer leaves its first iteration in a file, and ours checks it."""
     given = ("{place}", "{steps}", *arguments, "--columns")
     columns = {peer: f"{{place}}/{name}, {peer}.safetensors" for peer in theirs}
-    peers = [Side(peer, script, (*given, columns[peer], *own), place) for peer, (place, script, *own) in theirs.items()]
+    peers = [
+        Side(peer, script, (*given, columns[peer], *own), place, autocast=place == "lf-ppo")
+        for peer, (place, script, *own) in theirs.items()
+    ]
     checked = (*given, *columns.values(), "--dtype")
     mine = [Side(dtype, "ppo_ours.py", (*checked, dtype), near=dtype == "auto") for dtype in ("float32", "auto")]
     return Group(name, tuple(mine), tuple(peers), targets={f"{side.name}, {peer}": t for side in mine for peer, t in targets.items()})
@@ -156,6 +163,8 @@ GROUPS = (
     ),
     rollout("uniform", "qwen2_25m", "uniform", "1.5 / 2", "3 / 5"),
     rollout("skewed", "qwen2_25m", "skewed", "2.5 / 4", "3 / 5"),
+    rollout("of 64 at once, uniform", "qwen2_25m", "uniform", at_once=64),
+    rollout("of 64 at once, skewed", "qwen2_25m", "skewed", at_once=64),
     rollout("of a small model, uniform", "qwen2", "uniform"),
     rollout("of a small model, skewed", "qwen2", "skewed"),
     ppo("ppo equal lengths", ("--epochs", "1"), {"TRL, one epoch": ("ppo", "ppo_trl.py")}, {}),
@@ -266,6 +275,8 @@ def measure(group: Group, place: Path, given: argparse.Namespace) -> list[Row]:
         for turn in range(given.runs):
             sides = [*group.theirs, *group.ours]  # PPO's peer first: ours checks its tokens
             for side in sides if turn % 2 == 0 else reversed(sides):
+                if (side.near or side.autocast) and not fast_bfloat16():
+                    reasons[side] = NO_BFLOAT16
                 if side in reasons:
                     continue
                 try:
@@ -274,9 +285,6 @@ def measure(group: Group, place: Path, given: argparse.Namespace) -> list[Row]:
                     runners[side].read()
                 except Unavailable as error:
                     reasons[side] = str(error)
-                    continue
-                if side.near and runners[side].readings[-1].get("dtype") == "float32":
-                    reasons[side] = "auto is float32 on this machine"
                     continue
                 line = {"bench": "peers", "case": group.name, "side": side.name, "ours": side in group.ours, "run": turn}
                 print(json.dumps(line | {"load1": os.getloadavg()[0]} | runners[side].readings[-1]), flush=True)
@@ -317,21 +325,34 @@ def row(
 def machine(threads: int) -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return f"{found.group(1) if found else platform.processor()}, {threads} threads, Python {platform.python_version()}"
+    processor = found.group(1) if found else platform.processor()
+    return f"{processor} {'with' if fast_bfloat16() else 'without'} fast bfloat16, {threads} threads"
+
+
+def merge_tables(old: str, rows: list[Row], measured: list[str], here: str, command: str) -> str:
+    """The page's tables, one for each machine, with `rows` of the groups `measured` in place of theirs in the one of `here`; all other
+    rows stay. What would be in bfloat16 on a CPU that is slow in it is left out."""
+    tables = re.findall(r"^(.*:)\n\n\| case .*\n.*\n((?:\|.*\n)*)", old, re.MULTILINE)
+    known = {above: lines.splitlines() for above, lines in tables}
+    above = next((x for x in known if f", {here}, " in x), None)
+    before = known.get(above or "", [])
+    lines = {group.name: [line for line in before if line.startswith(f"| {group.name}, ")] for group in GROUPS}
+    lines |= {name: [r.line() for r in rows if r.case.startswith(f"{name}, ") and NO_BFLOAT16 not in r.line()] for name in measured}
+    fresh = {f"{command}, {here}, Python {platform.python_version()}:": [line for found in lines.values() for line in found]}
+    merged = dict(item for x, kept in known.items() for item in (fresh if x == above else {x: kept}).items()) | fresh
+    divider = "|---" * HEAD.count(" | ") + "|---|"
+    return "".join(f"\n{above}\n\n" + "\n".join([HEAD, divider, *lines]) + "\n" for above, lines in merged.items())
 
 
 def write(rows: list[Row], measured: list[str], given: argparse.Namespace, page: Path) -> None:
-    """Puts the rows of the measured groups into the page's table, in place of theirs; rows of other groups stay."""
-    text = page.read_text("utf-8")
-    before, found, rest = text.partition(BEGIN)
+    """Puts the rows of the measured groups into this machine's table on the page."""
+    before, found, rest = page.read_text("utf-8").partition(BEGIN)
     old, end, after = rest.partition(END)
     if not found or not end:
         sys.exit(f"{page} has no lines {BEGIN} and {END}")
-    lines = {name: [line for line in old.splitlines() if line.startswith(f"| {name}, ")] for name in (group.name for group in GROUPS)}
-    lines |= {name: [r.line() for r in rows if r.case.startswith(f"{name}, ")] for name in measured}
-    command = f"`python bench/peers/compare.py --runs {given.runs} --steps {given.steps}`, {machine(given.threads)}:"
-    table = "\n".join([command, "", HEAD, "|---" * HEAD.count(" | ") + "|---|", *(line for found in lines.values() for line in found)])
-    page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", "utf-8")
+    command = f"`python bench/peers/compare.py --runs {given.runs} --steps {given.steps}`"
+    tables = merge_tables(old, rows, measured, machine(given.threads), command)
+    page.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", "utf-8")
 
 
 def main() -> None:

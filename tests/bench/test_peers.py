@@ -108,3 +108,19 @@ def test_every_ppo_side_leaves_its_own_file_and_ours_checks_them_all(load):
             assert [a for a in side.arguments if a.endswith(".safetensors")] == files
             assert side.arguments[2 : side.arguments.index("--columns")] == group.theirs[0].arguments[2 : side.arguments.index("--columns")]
         assert set(group.targets) <= {f"{mine.name}, {peer.name}" for mine in group.ours for peer in group.theirs}
+
+
+def test_each_machine_has_a_table_and_only_measured_groups_change(load):
+    compare = load("compare")
+    cells = ("1", "2", "0.5", "3", "4", "-", "2026-01-01")
+    first = [compare.Row("reward, float32", "A", cells), compare.Row("rollout uniform, float32", "B", cells)]
+    missing = compare.Row("rollout uniform, auto", "-", compare.not_run(compare.NO_BFLOAT16))
+    page = compare.merge_tables("\n", [*first, missing], ["reward", "rollout uniform"], "Chip X, 2 threads", "`run`")
+    assert page.count("| case |") == 1 and page.count("\n| r") == 2 and compare.NO_BFLOAT16 not in page
+    both = compare.merge_tables(page, first[:1], ["reward"], "Chip Y, 2 threads", "`run`")
+    assert both.startswith(page) and both.count("| case |") == 2
+    newer = compare.Row("reward, float32", "A", ("9", *cells[1:]))
+    again = compare.merge_tables(both, [newer], ["reward"], "Chip X, 2 threads", "`run again`")
+    lines = again.splitlines()
+    assert lines.index(newer.line()) < lines.index(first[1].line()) < lines.index(first[0].line())  # Y's comes last, as it was
+    assert again.count("`run again`, Chip X, 2 threads, Python") == 1 and "`run`, Chip X" not in again
