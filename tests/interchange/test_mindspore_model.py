@@ -171,7 +171,7 @@ def test_other_forms_are_read(model: Path, trueline: Commands, tmp_path: Path) -
     assert same(weights(model), weights(tmp_path / "back"))
 
 
-@pytest.mark.parametrize("model", ["qwen2", "chatglm4"], indirect=True)
+@pytest.mark.parametrize("model", ["qwen2", pytest.param("chatglm4", marks=pytest.mark.slow)], indirect=True)
 def test_one_layout_of_ranks_to_another(model: Path, trueline: Commands, tmp_path: Path) -> None:
     """Whatever way a layout is reached, its files are the same, and all that MindSpore keeps beside the weights comes along."""
     trueline("convert", model, tmp_path / "plain.ckpt").ok()

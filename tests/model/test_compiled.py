@@ -133,7 +133,7 @@ def test_a_run_is_the_same_and_its_files_know_nothing_of_it(toys: Toys, trueline
     trueline(stage, toys.config(stage), f"run.output={tmp_path / 'true'}", "model.compile=false", "run.steps=3", *kinds).ok()
 
 
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_without_a_compiler_one_sentence_says_so(toys: Toys, tmp_path: Path, cached: bool) -> None:
     command = [sys.executable, "-m", "trueline", "sft", toys.config("sft"), f"run.output={tmp_path / 'run'}", "model.compile=true"]
     environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path)}

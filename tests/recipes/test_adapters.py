@@ -15,8 +15,14 @@ from tests.recipes.toys import KINDS, STAGES, Toys
 DORA = [*KINDS["lora"], "model.adapter.dora=true", "model.adapter.rslora=true"]
 
 
-@pytest.mark.parametrize("family", ["qwen2", "glm"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "family"),
+    [
+        pytest.param(stage, family, marks=[pytest.mark.slow] if (family == "glm") == (stage in ("sft", "ppo")) else [])
+        for stage in STAGES
+        for family in ("qwen2", "glm")
+    ],
+)
 def test_dora_in_every_stage(toys: Toys, trueline: Commands, tmp_path: Path, stage: str, family: str) -> None:
     """Trained, saved as PEFT's, and read back: the finished folder is what the newest checkpoint holds."""
     out = tmp_path / "run"

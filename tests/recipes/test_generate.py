@@ -161,7 +161,7 @@ def test_code_in_a_model_folder_is_not_run_and_the_user_is_told(toys: Toys, true
     assert not (tmp_path / "witness").exists()
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("kind", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_model_remembers_the_template_it_was_trained_with(toys: Toys, trueline: Commands, tmp_path: Path, kind: str) -> None:
     place = ("model.template=qwen3_no_thinking", f"model.path={toys.model('qwen3')}", f"run.output={tmp_path / 'run'}")
     run = tmp_path / "run"

@@ -233,6 +233,7 @@ def test_pieces_share_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(cut.kept[name]["exp_avg_scale"], whole.kept[name]["exp_avg_scale"])
 
 
+@pytest.mark.slow
 def test_loss_curves_follow_float32() -> None:
     curves = {states: np.array(advance(*start(states), range(200))) for states in ("float32", *NARROW)}
     exact = curves["float32"]
