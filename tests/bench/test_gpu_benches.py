@@ -92,6 +92,7 @@ def test_nine_billion_weights_are_refused_on_a_cpu():
     assert done.returncode == 2 and "--small" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_section_without_a_compiler_is_skipped_with_the_reason(tmp_path):
     command = [sys.executable, "bench/gpu_train.py", "--small", "--device", "cpu", "--only", "compiled"]
     environment = {"PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}

@@ -128,6 +128,7 @@ def test_original_glm4_there_and_back(toys: Toys, trueline: Commands, tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_both_namings_of_glm4_are_one_checkpoint(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
     """The same weights under the names of transformers and of the authors give the same file, and either folder is made of it."""
     glm = toys.model("glm")

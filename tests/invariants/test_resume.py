@@ -85,7 +85,7 @@ def read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "reward" else []) for name in RUNS])
 def test_killed_at_any_time_and_resumed(bench: Bench, tmp_path: Path, name: str) -> None:
     straight, folder = bench.uninterrupted(name), tmp_path / "run"
     total, draw = status(straight)["total"], random.Random(name)

@@ -79,7 +79,7 @@ def test_a_weight_on_the_chosen_answers_likelihood(toys: Toys, trueline: Command
     assert mixed > plain + 1.0  # half of the several nats per token of an untrained model
 
 
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_recompute_changes_nothing_but_memory(toys: Toys, trueline: Commands, tmp_path: Path, stage: str) -> None:
     """None, all, and what `auto` chooses with little memory; also when a run goes on with less memory than it began with."""
     dropout = ["model.adapter.dropout=0.2"] if stage == "sft" else []
