@@ -338,10 +338,11 @@ def merge_tables(old: str, rows: list[Row], measured: list[str], here: str, comm
     before = known.get(above or "", [])
     lines = {group.name: [line for line in before if line.startswith(f"| {group.name}, ")] for group in GROUPS}
     lines |= {name: [r.line() for r in rows if r.case.startswith(f"{name}, ") and NO_BFLOAT16 not in r.line()] for name in measured}
-    fresh = {f"{command}, {here}, Python {platform.python_version()}:": [line for found in lines.values() for line in found]}
-    merged = dict(item for x, kept in known.items() for item in (fresh if x == above else {x: kept}).items()) | fresh
+    title = f"{command}, {here}, Python {platform.python_version()}:"
+    merged = {title if x == above else x: kept for x, kept in known.items()}  # in their order
+    merged[title] = [line for found in lines.values() for line in found]
     divider = "|---" * HEAD.count(" | ") + "|---|"
-    return "".join(f"\n{above}\n\n" + "\n".join([HEAD, divider, *lines]) + "\n" for above, lines in merged.items())
+    return "".join(f"\n{title}\n\n" + "\n".join([HEAD, divider, *kept]) + "\n" for title, kept in merged.items())
 
 
 def write(rows: list[Row], measured: list[str], given: argparse.Namespace, page: Path) -> None:
