@@ -18,32 +18,12 @@ import transformers
 from sides import serve
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from rollout import THEIRS, Case, cases, models, ours_answer, theirs_answer  # noqa: E402
+from rollout import THEIRS, Case, batched_answer, cases, models, ours_answer, theirs_answer  # noqa: E402
 
 from trueline.data.sample import answered  # noqa: E402
 from trueline.model.batch import pack  # noqa: E402
 from trueline.parallel.world import fast_bfloat16  # noqa: E402
 from trueline.rollout.engine import Engine  # noqa: E402
-
-BLOCK = 32  # tokens in a page of the continuous batching
-
-
-def batched_answer(model: transformers.PreTrainedModel, case: Case) -> list[list[int]]:
-    """transformers' continuous batching, with as many pages as `batch` of the longest requests need."""
-    longest = max(map(len, case.prompts)) + case.sampling.max_new_tokens
-    config = transformers.GenerationConfig(
-        max_new_tokens=case.sampling.max_new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=sorted(case.sampling.stop) or -1,
-        use_cache=True,
-    )
-    settings = transformers.ContinuousBatchingConfig(
-        block_size=BLOCK, num_blocks=case.batch * (-(-longest // BLOCK) + 1), max_batch_tokens=max(256, case.batch)
-    )
-    found = model.generate_batch([list(p) for p in case.prompts], generation_config=config, continuous_batching_config=settings)
-    answers = {tuple(x.prompt_ids): list(x.generated_tokens) for x in found.values()}
-    return [answers[tuple(p)] for p in case.prompts]
 
 
 def log_probability_gap(kind: str, case: Case) -> float:

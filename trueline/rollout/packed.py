@@ -21,7 +21,10 @@ from trueline.parallel.world import fast_bfloat16
 from trueline.rollout.memory import Decode
 
 PAYS = 16  # tokens: packing costs as much time as it saves in about so many steps, on 25 million weights and 16 to 64 requests
-LARGE, SMALL, STEP = 256, 64, 8  # rows a kernel is called with: it is compiled for each number of rows, in about a millisecond
+LARGE, SMALL = 256, 64  # rows a kernel is called with, or fewer than `SMALL`
+# rows are filled up to a multiple of this. A kernel is compiled for each number of rows, in about a millisecond, and forgotten when
+# training in bfloat16 has compiled a thousand others; AMX takes 16 rows in the time of one. In float32 each row takes time of its own
+STEPS = {torch.float32: 1, torch.bfloat16: 8}
 
 
 def can_pack(decoder: Decoder) -> bool:
@@ -57,7 +60,7 @@ class PackedDecoder(nn.Module):
         if self.prefix is not None:
             layout = Prefixed(layout, *self.prefix, self.config.prefix_shifts)
         turn = self._turn(layout.positions)[:, None]
-        x = F.embedding(F.pad(tokens, (0, -len(tokens) % STEP)), self.embed.weight).float()
+        x = F.embedding(_fill(tokens, self.embed.weight.dtype), self.embed.weight).float()
         pieces = _pieces(len(x))
         for layer in self.layers:
             x = layer(x, layout, turn, pieces)
@@ -73,7 +76,7 @@ class PackedDecoder(nn.Module):
 
 
 class PackedBlock(nn.Module):
-    """`decoder.Block` on rows filled up to a multiple of `STEP`."""
+    """`decoder.Block` on rows filled up as `STEPS` says."""
 
     def __init__(self, block: Block, role: str | None, config: DecoderConfig, order: Tensor):
         super().__init__()
@@ -162,7 +165,7 @@ class PackedHead(nn.Module):
         self.weight, self.dtype = _pack(weight), weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = F.pad(x, (0, 0, 0, -len(x) % STEP)) if len(x) % STEP else x
+        rows = _fill(x, self.dtype)
         return _by_pieces(lambda part: _linear(part, self.weight, None), _pieces(len(rows)), rows.to(self.dtype))[: len(x)]
 
 
@@ -237,6 +240,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none", 
 def _linear_with(x: Tensor, other: Tensor, weight: Tensor, bias: Tensor | None, how: str) -> Tensor:
     """The linear, then plus or times `other`."""
     return torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, how)
+
+
+def _fill(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """`rows` `[T]` or `[T, D]` and as many zeros as `STEPS` asks for."""
+    missing = -len(rows) % STEPS[dtype]
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows
 
 
 def _pieces(rows: int) -> list[int]:
