@@ -270,13 +270,12 @@ def difference(mine: dict[str, Any], peer: dict[str, Any], near: bool) -> str | 
 def measure(group: Group, place: Path, given: argparse.Namespace) -> list[Row]:
     """Readings in turns, and a row for each pair of sides."""
     runners: dict[Side, Runner] = {}
-    reasons: dict[Side, str] = {}
+    slow = [side for side in (*group.theirs, *group.ours) if side.near or side.autocast] if not fast_bfloat16() else []
+    reasons = dict.fromkeys(slow, NO_BFLOAT16)
     try:
         for turn in range(given.runs):
             sides = [*group.theirs, *group.ours]  # PPO's peer first: ours checks its tokens
             for side in sides if turn % 2 == 0 else reversed(sides):
-                if (side.near or side.autocast) and not fast_bfloat16():
-                    reasons[side] = NO_BFLOAT16
                 if side in reasons:
                     continue
                 try:

@@ -13,7 +13,7 @@ from trueline.model.layout import Packed
 from trueline.model.rotary import RopeScaling
 from trueline.parallel.world import fast_bfloat16
 from trueline.rollout.engine import Engine
-from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
+from trueline.rollout.packed import PAYS, STEPS, PackedDecoder, can_pack
 from trueline.rollout.sampling import Sampling
 
 CONFIG = DecoderConfig(vocab_size=70, hidden_size=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, mlp_size=40, init_std=0.3)
@@ -83,8 +83,10 @@ def test_packed_logits_are_the_decoders(config: str, adapter: str) -> None:
         assert difference(decoder, None, [5, 1, 9, 4]) < 2e-5  # without the role, without its adapter
 
 
+@pytest.mark.parametrize("step", [1, 8])  # as in float32 and in bfloat16
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 63, 64, 65, 200, 256, 257, 333, 600])
-def test_any_number_of_rows(rows: int) -> None:
+def test_any_number_of_rows(rows: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(STEPS, torch.float32, step)
     decoder, _ = make(CONFIG)
     assert difference(decoder, None, [1] * (rows % 50) + [rows - rows % 50] * (rows >= 50)) < 2e-5
 

@@ -125,9 +125,7 @@ class PackedBlock(nn.Module):
         else:
             q, k, v = heads[:, :, : self.shared].flatten(1, 2), heads[:, :, self.shared], heads[:, :, self.shared + 1]
             seen = layout.attend(self.layer, q, k, v, self.window).flatten(1)
-        if count < rows:
-            seen = F.pad(seen, (0, 0, 0, rows - count))
-        return _by_pieces(self._after, pieces, seen, x)
+        return _by_pieces(self._after, pieces, _fill(seen, self.dtype), x)
 
     def _grouped(self, parts: list[Tensor | None]) -> Tensor | None:
         """Rows of q, k and v, weights or biases, in one: each key head's queries, then its key, then its value."""
