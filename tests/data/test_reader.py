@@ -66,6 +66,7 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path: Path, line: st
     if raw.startswith(b"\xff\xfe"):  # a UTF-16 file has no lines that could be told apart
         found, problems = read(write(tmp_path, "x.jsonl", raw))
         assert problems == [f":1:1: {sentence}; save the file as UTF-8"] and not found
+        assert read(write(tmp_path, "x.jsonl", "\n".join([GOOD, GOOD]).encode("utf-16"))) == (found, problems)
         return
     found, problems = read(write(tmp_path, "x.jsonl", GOOD.encode() + b"\n" + raw + b"\n" + GOOD.encode()))
     assert [line for line, _ in found] == [1, 3]

@@ -109,6 +109,9 @@ def test_places_that_cannot_be_written(toys: Toys, trueline: Commands, tmp_path:
     before = sorted(tmp_path.rglob("*"))
     for out, words in ((tmp_path, "is a folder; name a file"), (tmp_path / "file" / "x", "cannot be written")):
         assert words in trueline("generate", toys.model(), "--prompts", prompts, "--out", out).refused()
+    for given in (prompts, tmp_path):  # a file's own name, and a folder it is in
+        own = trueline("generate", toys.model(), "--prompts", given, "--out", tmp_path / "." / "p.jsonl").refused()
+        assert "is a file of --prompts, which it would replace; name another file" in own and len(records(tmp_path / "p.jsonl")) == 4
     full = trueline("generate", toys.model(), "--prompts", prompts, "--out", tmp_path / "out", "max_new_tokens=30", file_limit=1000)
     assert "the disk is full" in full.refused(1)
     assert sorted(tmp_path.rglob("*")) == before

@@ -4,11 +4,13 @@ Values are read by the standard library's scanner. It cannot tell a key given tw
 count is suspicious is read again, slowly.
 """
 
+import codecs
 import json
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how such a file begins
 LONGEST_RECORD = 1 << 24
 """Bytes of one record at most. A file without line ends must not be read whole before it is refused."""
 TOO_LONG = f"a record longer than {LONGEST_RECORD >> 20} MiB, expected shorter ones (are the line ends missing?)"
@@ -201,7 +203,7 @@ def decode_line(raw: bytes) -> str:
 
 def not_utf8(raw: bytes, error: UnicodeDecodeError) -> Broken:
     """What to say about the first byte that is not UTF-8."""
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if raw[:2] in UTF_16:
         return Broken(0, "UTF-16 text, expected UTF-8; save the file as UTF-8")
     position = len(raw[: error.start].decode("utf-8"))
     return Broken(position, f"byte 0x{raw[error.start]:02X} is not UTF-8, expected UTF-8 text (GBK? iconv -f GBK -t UTF-8)")

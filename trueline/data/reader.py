@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trueline.data.files import KNOWN, MINDRECORD, find_files, open_bytes, suffix
-from trueline.data.json_text import LONGEST_RECORD, TOO_LONG, Broken, decode_line, not_utf8, offset, parse, skip
+from trueline.data.json_text import LONGEST_RECORD, TOO_LONG, UTF_16, Broken, decode_line, not_utf8, offset, parse, skip
 from trueline.data.mindrecord_text import read_tokens
 from trueline.data.record import Problems, Record, kind, place_of
 from trueline.data.tables import read_csv, read_parquet
@@ -91,7 +91,7 @@ def _read_lines(path: str, problems: Problems) -> Iterator[Record]:
                     raise Broken(rest, "text after the object, expected one object a line")
             except Broken as broken:
                 problems.add(f"{path}:{number}:{broken.position + 1}", broken.what, record=(path, number, 1))
-                if len(raw) >= LONGEST_RECORD:
+                if len(raw) >= LONGEST_RECORD or (number == 1 and raw[:2] in UTF_16):  # what follows has no lines to be told apart
                     return
             else:
                 if isinstance(value, dict):

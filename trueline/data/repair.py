@@ -18,7 +18,7 @@ from typing import Any
 
 from trueline.data.files import open_bytes, suffix
 from trueline.data.formats import FileValues
-from trueline.data.json_text import Broken, parse, skip
+from trueline.data.json_text import UTF_16, Broken, parse, skip
 from trueline.data.mend import fixed_value, mended
 from trueline.data.record import Problems
 from trueline.data.tables import read_parquet
@@ -160,7 +160,7 @@ def _one_a_line(lines: Iterator[tuple[int, str]], fixes: Counter[str]) -> Iterat
 
 def _lines(file: io.BufferedReader, fixes: Counter[str]) -> Iterator[tuple[int, str]]:
     """Decoded lines without their ends: UTF-8, UTF-16 with its mark, or Chinese in GBK; bytes of none of them stay as they are."""
-    if file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    if file.peek(2)[:2] in UTF_16:
         fixes["UTF-16 text"] += 1
         yield from enumerate((line.rstrip("\r\n") for line in io.TextIOWrapper(file, "utf-16", newline="\n")), start=1)
         return

@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from trueline.config.schema import GenerateConfig, ModelConfig, SamplingConfig
 from trueline.data.conversation import Conversation, Message
-from trueline.data.files import MINDRECORD, suffix
+from trueline.data.files import MINDRECORD, find_files, suffix
 from trueline.data.formats import load_prompts
 from trueline.data.reader import Problems, Record, read_records
 from trueline.data.stream import key
@@ -34,6 +34,8 @@ def run(model: str, prompts: str, out: str, settings: GenerateConfig, base: str 
     language_model = language_model_of(opened)
     given = [item for item in read_prompts(prompts, opened) for _ in range(settings.n)]
     seeds = [key(settings.seed, "generate", i) for i in range(len(given))]
+    if any(Path(out).exists() and Path(out).samefile(path) for path in find_files([prompts])[0]):
+        raise UserError(f"--out {out} is a file of --prompts, which it would replace; name another file")
     with _written_whole(Path(out)) as file:  # before the work: a place that cannot be written is told at once
         rollouts = answer(language_model, opened, [tokens for _, tokens in given], settings, seeds)
         for (prompt, _), rollout in zip(given, rollouts, strict=True):
