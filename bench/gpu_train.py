@@ -251,13 +251,13 @@ def dpo(report: Report) -> None:
 def full(report: Report) -> None:
     """All weights, each kind of states with its gradients summed first and, where this version can, used as they are made.
 
-    Of 9.4 billion weights `split` is predicted to fit in the second way only.
+    Of 9.4 billion weights `float32` is predicted to fit in the second way only.
     """
     ways = [False, True] if "in_backward" in OptimizerConfig.model_fields else [False]
-    kinds = (("bfloat16", 4096, 2), ("int8", 768, 1), ("split", 4096, 1))
+    kinds = (("bfloat16", 4096, 2), ("int8", 768, 1), ("float32", 4096, 1))
     for (states, length, count), early in [(kind, way) for kind in kinds for way in ways]:
         speed = (">= 8300", ">= 10400") if states == "bfloat16" else ("", "")
-        bounds = {"int8": ("<= 80935", "<= 42000" if early else "<= 58000"), "split": ("<= 142336", "<= 134144")}.get(states, ("", ""))
+        bounds = {"int8": ("<= 80935", "<= 42000" if early else "<= 58000"), "float32": ("<= 142336", "<= 134144")}.get(states, ("", ""))
         decoder = report.decoder()
         if report.small:
             length = 64

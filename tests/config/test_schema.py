@@ -32,7 +32,7 @@ PPO = {**BASE, "reward": {"model": "judge"}}
         ("ppo", {"ppo": {"kl_target": 1.0, "kl_coefficient": 0}}, "ppo.kl_target adapts"),
         ("ppo", {"sampling": {"temperature": 0}}, "never explores"),
         ("ppo", {"ppo": {"minibatches": 9}}, "ppo.minibatches exceeds"),
-        ("sft", {"model": {"path": "b", "dtype": "float32"}, "optimizer": {"states": "split"}}, "optimizer.states: split is for bfloat16"),
+        ("sft", {"model": {"path": "b", "dtype": "float32"}, "optimizer": {"states": "int8"}}, "optimizer.states: int8 is for bfloat16"),
         ("ppo", {"model": {"path": "b", "dtype": "float64"}, "critic": {"optimizer": {"states": "int8"}}}, "critic.optimizer.states: int8"),
         ("evaluate", {}, "data.eval is empty"),
     ],

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from trueline.errors import UserError
 from trueline.families.export import save_folder
-from trueline.families.folder import fingerprint, load_decoder, load_score, open_folder, random_decoder, resolve
+from trueline.families.folder import WANTED, fingerprint, load_decoder, load_score, open_folder, random_decoder, resolve
 
 GATE_UP = "model.layers.1.mlp.gate_up_proj.weight"
 
@@ -59,6 +59,13 @@ def test_a_hub_id_is_downloaded_without_code_and_pickles(tmp_path):
     assert resolve("org/name-1.5B", download) == tmp_path
     patterns = asked["org/name-1.5B"]["allow_patterns"]
     assert "*.safetensors" in patterns and not any(p.endswith((".py", ".bin", ".pt", "*")) for p in patterns)
+
+
+def test_the_hub_is_asked_through_its_own_client(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or str(tmp_path))
+    assert resolve("org/name") == tmp_path
+    assert asked == [("org/name", {"allow_patterns": WANTED, "ignore_patterns": ["*/*"]})]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_sentence():

@@ -77,7 +77,7 @@ MORE += [
     (stage, family, kind, dtype, states, recompute)
     for stage in STAGES
     for family, kind in (("qwen2", "full"), ("glm", "lora"), ("glm", "full"))
-    for dtype, states, recompute in (("float32", "float32", "true"), ("bfloat16", "split", "false"), ("bfloat16", "bfloat16", "true"))
+    for dtype, states, recompute in (("float32", "float32", "true"), ("bfloat16", "float32", "false"), ("bfloat16", "bfloat16", "true"))
 ]
 
 

@@ -124,8 +124,15 @@ def test_rollout_never_sees_text() -> None:
 
 # the export's check, a process of its own, loads a folder as others will where they are installed; nobody else may start them
 GATE = "trueline.recipes.gate"
-# the package and the command line load recipes late; the GPU's attention is an optional accelerator library that takes two seconds
+# the package and the command line load recipes late; the GPU's attention is an optional accelerator library that takes two seconds;
+# the hub's client and Parquet are for few runs, and every start and every process would pay for them
 LATE_MODULES = ("trueline", "trueline.cli", "trueline.model.attention", "trueline.rollout.decode", GATE)
+LATE_MODULES += ("trueline.families.folder", "trueline.data.tables")
+
+
+def test_what_few_runs_need_is_loaded_late() -> None:
+    late = ("huggingface_hub", "pyarrow.parquet")
+    assert not [f"{m}:{line} {n}" for m, tree in modules().items() for n, line in imports(tree) if n.startswith(late)]
 
 
 def test_no_imports_inside_functions() -> None:

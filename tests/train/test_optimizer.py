@@ -13,7 +13,6 @@ from torch import nn
 from trueline.config.schema import OptimizerConfig
 from trueline.errors import UserError
 from trueline.train.optimizer import Optimizer, decays, learning_rate, make_optimizer, norm_parts, warmup_steps
-from trueline.train.stores import nearest
 
 
 def parameters(dtype: torch.dtype = torch.float64, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -87,19 +86,6 @@ def test_loaded_state_is_a_copy() -> None:
     assert all(torch.equal(first.state()[name], x) for name, x in before.items())
 
 
-def test_16_bit_weights_are_updated_in_float32() -> None:
-    """1,000 updates of 1e-5: in bfloat16 each is rounded away, on the master copy they add up."""
-    weight = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
-    optimizer = Optimizer({"weight": weight}, OptimizerConfig(betas=(0.0, 0.0), eps=1e-12))
-    for _ in range(1000):
-        weight.grad = torch.ones_like(weight)
-        optimizer.collect()
-        optimizer.step(1e-5)
-    assert optimizer.state()["weight.master"].dtype == torch.float32
-    torch.testing.assert_close(optimizer.masters["weight"].detach(), torch.full((4, 4), 0.99), rtol=0, atol=6e-5)  # 1,000 half ulps
-    assert torch.equal(weight, nearest(optimizer.masters["weight"])) and weight[0, 0] < 1
-
-
 @pytest.mark.parametrize("on_demand", [1, 1 << 40])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 16), (torch.float64, 16), (torch.bfloat16, 16), (torch.float64, 7)])
@@ -131,7 +117,7 @@ def test_rows_are_updated_as_the_whole(
             sparse = resumed
 
 
-@pytest.mark.parametrize(("dtype", "states"), [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "split")])
+@pytest.mark.parametrize(("dtype", "states"), [(torch.float32, "float32"), (torch.bfloat16, "float32"), (torch.bfloat16, "bfloat16")])
 def test_sparse_gradients_are_summed_by_row(dtype: torch.dtype, states: str) -> None:
     weight = nn.Parameter(torch.zeros(50, 4, dtype=dtype))
     optimizer = Optimizer({"x": weight}, OptimizerConfig(states=states))
@@ -156,7 +142,7 @@ def test_16_bit_gradients_are_summed_in_float32() -> None:
     assert optimizer.gradients()["weight"].item() == 1 + 300 * 2.0**-9
 
 
-@pytest.mark.parametrize("states", ["float32", "split", "bfloat16", "int8"])
+@pytest.mark.parametrize("states", ["float32", "bfloat16", "int8"])
 def test_the_only_gradient_of_a_step_keeps_its_16_bits_and_gives_the_same_update(states: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Widened a piece at a time, and scaled then: the same bits as a float32 gradient that was scaled before."""
     monkeypatch.setattr("trueline.train.optimizer.CACHED", 256)
@@ -196,10 +182,10 @@ def test_foreign_state_is_refused(change, complaint: str) -> None:  # type: igno
         optimizer.load(change(optimizer.state()))
 
 
-def test_state_without_masters_is_refused_by_a_16_bit_model() -> None:
+def test_states_of_float32_weights_are_refused_by_a_16_bit_model() -> None:
     wide = make_optimizer(parameters(torch.float32), OptimizerConfig())
     run(wide, range(1))
-    with pytest.raises(UserError, match="missing weight.master"):
+    with pytest.raises(UserError, match="missing weight.residual"):
         make_optimizer(parameters(torch.bfloat16), OptimizerConfig()).load(wide.state())
 
 

@@ -50,7 +50,6 @@ def planned(kind: str, dtype: torch.dtype, states: str, recompute: int) -> int:
         ("full", torch.float32, "float32", 4),
         ("full", torch.bfloat16, "float32", 2),
         ("full", torch.bfloat16, "int8", 4),
-        ("full", torch.bfloat16, "split", 0),
         ("lora", torch.bfloat16, "float32", 0),
     ],
 )

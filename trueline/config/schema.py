@@ -100,8 +100,8 @@ class OptimizerConfig(Config):
     """Course of the learning rate after the warm-up."""
     floor: float = Field(0.0, ge=0, le=1)
     """Share of the peak learning rate the schedule ends at."""
-    states: Literal["float32", "split", "bfloat16", "int8"] = "float32"
-    """How bfloat16 weights are updated; split: float32's bits in less memory; bfloat16, int8: moments so, weights rounded at random."""
+    states: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How bfloat16 weights are updated; float32: exactly, in 16 bits beside them; bfloat16, int8: moments so, weights rounded at random."""
 
     def conflicts(self) -> list[str]:
         needless = "optimizer.in_backward updates before the norm of all gradients is known; set optimizer.max_norm=null too"

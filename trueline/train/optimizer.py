@@ -1,7 +1,7 @@
 """AdamW and its learning rate. One rule: the arithmetic is float32 (float64 for float64 weights), whatever the model's dtype."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +10,24 @@ from torch.optim.adamw import adamw
 from trueline.config.schema import OptimizerConfig
 from trueline.errors import UserError
 from trueline.parallel.memory import zeros_on_demand
-from trueline.train.stores import BLOCK, PIECE, STORES, draws, without_halves
+from trueline.train.stores import BLOCK, PIECE, STORES, draws, join, part
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
-CACHED = 1 << 20  # weights rounded at once: they stay in a CPU's cache, and waking its threads for each piece costs little
+CACHED = 1 << 20  # weights updated at once: they stay in a CPU's cache, and waking its threads for each piece costs little
 LAUNCHED = 1 << 26  # the same on an accelerator, where a piece costs some launches
 ON_DEMAND = 1 << 25  # bytes of moments from which rows that never have a gradient are worth saving
-HALVES = (torch.bfloat16, torch.float16)
+
+Slice = tuple[str, int, int]
+"""A parameter's name, and the flat range of its weights that is updated."""
 
 
 class Optimizer:
     """AdamW (arXiv:1711.05101) over named parameters.
 
-    The gradients of a 16-bit parameter are summed in float32; the only one of a step stays as it is until the update, which widens it a
-    piece at a time. With `optimizer.states: float32` the parameter has a float32 master copy, on which the update happens, and is the
-    master rounded; for every other parameter the master is the parameter itself. With other states there are no masters:
-    `stores.STORES` says what is kept.
+    The gradients of a bfloat16 parameter are summed in float32; the only one of a step stays as it is until the update, which widens it
+    a piece at a time. With `optimizer.states: float32` the update happens on a float32 number for each weight, of which the parameter is
+    the nearest bfloat16 and a 16-bit residual is kept: all its bits in 4 bytes, not in 6. With other states, for which all parameters
+    must be bfloat16, `stores.STORES` says what is kept.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, seed: int = 0):
@@ -36,10 +38,9 @@ class Optimizer:
         self.store = None if config.states == "float32" else STORES[config.states]
         if self.store is not None:
             _require_bfloat16(self.parameters, config)
-        self.halves = {name: p for name, p in self.parameters.items() if p.dtype in HALVES}
+        self.halves = {name: p for name, p in self.parameters.items() if p.dtype == torch.bfloat16}
         for parameter in self.halves.values():
             parameter.data = parameter.data.contiguous()  # rounded and updated in flat pieces
-        self.masters: dict[str, Tensor] = {} if self.store else {name: _master(p) for name, p in self.parameters.items()}
         self.numbers = {name: i for i, name in enumerate(self.parameters)}
         self.sums: dict[str, Tensor] = {}  # gradients of `halves`: 16 bits of one micro-batch's, float32 of several and of sparse ones
         self.fused = all(p.device.type in FUSED for p in self.parameters.values())
@@ -50,7 +51,7 @@ class Optimizer:
     def collect(self, only: str | None = None) -> None:
         """Sums 16-bit gradients in float32 from the second on: to be called after each backward, for in 16 bits they would lose bits.
 
-        Sparse ones are brought to one entry a row, so that they stay smaller than dense ones; states in pieces need dense ones.
+        Sparse ones are brought to one entry a row, so that they stay smaller than dense ones; a store needs dense ones.
         """
         for name in self.parameters if only is None else (only,):
             parameter = self.parameters[name]
@@ -85,7 +86,7 @@ class Optimizer:
         gradients = self.gradients([only] if only else None)
         if scale is not None:
             for gradient in gradients.values():
-                if gradient.dtype not in HALVES:
+                if gradient.dtype != torch.bfloat16:
                     entries(gradient).mul_(scale)
         for name in gradients:
             if name not in self.kept:
@@ -93,42 +94,91 @@ class Optimizer:
                 self.kept[name] = {field: self._zeros(name, field, sparse) for field in self._fields(name)}
                 if sparse:
                     self.begun[name] = torch.zeros(len(gradients[name]), dtype=torch.bool, device=gradients[name].device)
-        at_once: list[str] = []
+        wide: list[str] = []
+        halves: list[str] = []
         for name, gradient in gradients.items():
             if gradient.is_sparse:
                 self._update_rows(name, gradient, lr)
                 continue
             self.begun.pop(name, None)  # it reached every row
-            if self.store is not None or gradient.dtype in HALVES:
+            if self.store is not None:
                 self._update_in_pieces(name, gradient, lr, scale)
             else:
-                at_once.append(name)
-        for decayed in (True, False):
-            names = [name for name in at_once if decays(self.parameters[name]) is decayed]
-            columns = [[self.kept[name][field] for name in names] for field in ("exp_avg", "exp_avg_sq", "step")]
-            if names:
-                self._update([self.masters[n] for n in names], [gradients[n] for n in names], *columns, lr=lr, decayed=decayed)
-        self._round(gradients)
+                (halves if name in self.halves else wide).append(name)
+        means, squares = ([self.kept[name][field] for name in wide] for field in ("exp_avg", "exp_avg_sq"))
+        self._update(wide, [self.parameters[name].detach() for name in wide], [gradients[name] for name in wide], means, squares, lr=lr)
+        self._update_halves(halves, gradients, lr, scale)
         del gradients
         self.clear(only)
 
     def _update(
         self,
+        names: Sequence[str],
         weights: Sequence[Tensor],
         gradients: Sequence[Tensor],
         means: Sequence[Tensor],
         squares: Sequence[Tensor],
-        steps: Sequence[Tensor],
         *,
         lr: float,
-        decayed: bool,
     ) -> None:
-        """The function under torch.optim.AdamW: the class itself would load torch's compiler, over a second of every start."""
+        """The function under torch.optim.AdamW, on (parts of) some parameters: the class itself would load torch's compiler, over a
+        second of every start."""
         beta1, beta2 = self.config.betas
-        lists = [list(column) for column in (weights, gradients, means, squares, (), steps)]
-        decay = self.config.weight_decay if decayed else 0.0
         settings = {"amsgrad": False, "maximize": False, "fused": self.fused or None}
-        adamw(*lists, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self.config.eps, **settings)  # type: ignore[arg-type]
+        for decayed in (True, False):
+            some = [i for i, name in enumerate(names) if decays(self.parameters[name]) is decayed]
+            lists = [[column[i] for i in some] for column in (weights, gradients, means, squares)]
+            lists += [[], [self.kept[names[i]]["step"] for i in some]]
+            decay = self.config.weight_decay if decayed else 0.0
+            if some:
+                adamw(*lists, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=self.config.eps, **settings)  # type: ignore[arg-type]
+
+    def _update_halves(self, names: Sequence[str], gradients: Mapping[str, Tensor], lr: float, scale: Tensor | None) -> None:
+        """float32 states of bfloat16 parameters: as many weights at once as stay in a CPU's cache, of several parameters if they are small.
+
+        Whole float32 copies never exist, and an adapter's many small matrices cost no calls of their own.
+        """
+        if not names:
+            return
+        first = self.parameters[names[0]]
+        size = min(piece_of(first), sum(self.parameters[name].numel() for name in names))
+        rooms = torch.empty(2, size, dtype=torch.int32, device=first.device)
+        for slices in self._slices(names, size):
+            lengths = [stop - start for _, start, stop in slices]
+            room, spare = rooms[:, : sum(lengths)]
+            kept = [{f: x.view(-1)[a:b] for f, x in self.kept[name].items() if f != "step"} for name, a, b in slices]
+            rest, means, squares = ([x[field] for x in kept] for field in ("residual", "exp_avg", "exp_avg_sq"))
+            narrow = [self.parameters[name].detach().view(-1)[a:b] for name, a, b in slices]
+            wide = join(narrow, rest, room, spare)
+            changes = []
+            for (name, start, stop), place in zip(slices, spare.view(torch.float32).split(lengths), strict=True):
+                change = gradients[name].reshape(-1)[start:stop]
+                if change.dtype == torch.bfloat16:
+                    change = place.copy_(change)
+                    change = change if scale is None else change.mul_(scale)
+                changes.append(change)
+            for name, start, _ in slices:
+                if start:
+                    self.kept[name]["step"] -= 1  # its pieces share a step
+            self._update([name for name, _, _ in slices], wide.split(lengths), changes, means, squares, lr=lr)
+            part(wide, narrow, rest, spare)
+
+    def _slices(self, names: Iterable[str], size: int) -> Iterator[list[Slice]]:
+        """All weights of the parameters in their order, `size` at a time."""
+        slices: list[Slice] = []
+        room = size
+        for name in names:
+            start, length = 0, self.parameters[name].numel()
+            while start < length:
+                stop = min(start + room, length)
+                slices.append((name, start, stop))
+                room -= stop - start
+                start = stop
+                if room == 0:
+                    yield slices
+                    slices, room = [], size
+        if slices:
+            yield slices
 
     def _update_rows(self, name: str, gradient: Tensor, lr: float) -> None:
         """The same update where only some rows `[rows, D]` have a gradient: the others' is 0. To the same bits if D fills CPU vectors.
@@ -136,7 +186,8 @@ class Optimizer:
         Rows that never had one are left out: their moments are 0, so only weight decay changes them. The memory of moments that were
         never written is not taken from the system.
         """
-        kept, master = self.kept[name], self.masters[name]
+        kept, weight = self.kept[name], self.parameters[name].detach()
+        halves = [weight, kept["residual"]] if name in self.halves else [weight]
         moments, before = [kept["exp_avg"], kept["exp_avg_sq"]], kept["step"].clone()
         if name not in self.begun:
             self.begun[name] = (moments[0] != 0).any(1) | (moments[1] != 0).any(1)
@@ -144,52 +195,54 @@ class Optimizer:
         begun[places] = True
         entry = torch.full_like(begun, -1, dtype=torch.int64)
         entry[places] = torch.arange(len(places), device=places.device)
-        size = max(1, CACHED // master.shape[1])
-        for start in range(0, len(master), size):
+        size = max(1, CACHED // weight.shape[1])
+        for start in range(0, len(weight), size):
             known, found = begun[start : start + size], entry[start : start + size]
-            views = [x[start : start + size] for x in (master, *moments)]
+            views = [x[start : start + size] for x in (*halves, *moments)]
             parts: list[tuple[Tensor | None, list[Tensor]]]
             if 2 * int(known.sum()) >= len(known):  # picking them out would take longer than all of them
                 parts = [(None, views)]
             else:
                 parts = [(known.nonzero()[:, 0], views)]
-                parts += [((~known).nonzero()[:, 0], views[:1])] if self.config.weight_decay else []
+                parts += [((~known).nonzero()[:, 0], views[: len(halves)])] if self.config.weight_decay else []
             for rows, written in parts:
                 columns = views if rows is None else [x.index_select(0, rows) for x in views]
                 numbers = found if rows is None else found[rows]
                 has = (numbers >= 0).nonzero()[:, 0]
-                change = torch.zeros_like(columns[0])
+                if len(halves) == 2:
+                    flat = [columns[0].view(-1)], [columns[1].view(-1)]
+                    room, spare = torch.empty(2, columns[0].numel(), dtype=torch.int32, device=weight.device)
+                    wide = join(*flat, room, spare).view_as(columns[0])
+                else:
+                    wide = columns[0]
+                change = torch.zeros_like(wide)
                 change.index_copy_(0, has, gradient.values().index_select(0, numbers[has]))
                 kept["step"].copy_(before)
-                self._update(columns[:1], [change], columns[1:2], columns[2:], [kept["step"]], lr=lr, decayed=True)
+                self._update([name], [wide], [change], columns[-2:-1], columns[-1:], lr=lr)
+                if len(halves) == 2:
+                    part(wide.view(-1), *flat, spare)
                 if rows is not None:
                     for whole, column in zip(written, columns, strict=False):
                         whole.index_copy_(0, rows, column)
 
     def _update_in_pieces(self, name: str, gradient: Tensor, lr: float, scale: Tensor | None) -> None:
-        """Widens a piece of the weight or of its 16-bit gradient at a time, so that float32 copies of the whole never exist."""
-        parameter, kept = self.parameters[name], self.kept[name]
-        weight, flat, before = parameter.detach().view(-1), gradient.reshape(-1), kept["step"].clone()
-        size = PIECE if self.store is not None else piece_of(weight)
-        for start in range(0, len(weight), size):
-            stop = min(start + size, len(weight))
+        """States in a store: widens a piece of them at a time, so that float32 copies of the whole never exist."""
+        assert self.store is not None
+        weight, flat, kept = self.parameters[name].detach().view(-1), gradient.reshape(-1), self.kept[name]
+        before = kept["step"].clone()
+        for start in range(0, len(weight), PIECE):
+            stop = min(start + PIECE, len(weight))
             change = flat[start:stop]
-            if change.dtype in HALVES:
+            if change.dtype == torch.bfloat16:
                 change = change.to(torch.float32)
                 change = change if scale is None else change.mul_(scale)
-            if self.store is None:
-                master, mean, square = (x.view(-1)[start:stop] for x in (self.masters[name], kept["exp_avg"], kept["exp_avg_sq"]))
-                values = master, mean, square
-            else:
-                blocks = slice(start // BLOCK, -(-stop // BLOCK))
-                piece = {f: x[blocks if f.endswith("scale") else slice(start, stop)] for f, x in kept.items() if f != "step"}
-                values = self.store.read(weight[start:stop], piece)
+            blocks = slice(start // BLOCK, -(-stop // BLOCK))
+            piece = {f: x[blocks if f.endswith("scale") else slice(start, stop)] for f, x in kept.items() if f != "step"}
+            values = self.store.read(weight[start:stop], piece)
             kept["step"].copy_(before)
-            lists = [[x] for x in (values[0], change, *values[1:], kept["step"])]
-            self._update(*lists, lr=lr, decayed=decays(parameter))
-            if self.store is not None:
-                draw = draws(self.seed, int(before), self.numbers[name], start, stop - start, weight.device)
-                self.store.write(weight[start:stop], piece, values, draw)
+            self._update([name], values[:1], [change], values[1:2], values[2:], lr=lr)
+            draw = draws(self.seed, int(before), self.numbers[name], start, stop - start, weight.device)
+            self.store.write(weight[start:stop], piece, values, draw)
 
     def clear(self, only: str | None = None) -> None:
         """Drops the gradients, or `only` one."""
@@ -197,56 +250,37 @@ class Optimizer:
             self.sums.pop(name, None)
             self.parameters[name].grad = None
 
-    @torch.no_grad()
-    def _round(self, names: Iterable[str]) -> None:
-        """Brings 16-bit parameters to their masters, a piece at a time: whole copies would be made again for each operation."""
-        for name in self.halves.keys() & set(names) & self.masters.keys():
-            parameter, master = self.parameters[name].detach(), self.masters[name]
-            size = min(piece_of(parameter), max(parameter.numel(), 1))
-            room = torch.empty(size, dtype=torch.int32, device=parameter.device)
-            for narrow, wide in zip(parameter.view(-1).split(size), master.view(-1).split(size), strict=True):
-                narrow.copy_(without_halves(wide, room[: len(wide)]) if narrow.dtype == torch.bfloat16 else wide)
-
     def memory(self) -> tuple[int, int]:
         """Bytes of one step's gradients, and of all that is kept between updates, once there was one."""
         sums = sum(p.numel() * 4 for p in self.halves.values())  # float32, beside the backward pass's own: in steps of several
         gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
         fields = [(math.prod(shape), dtype) for name in self.parameters for shape, dtype in self._fields(name).values()]
-        masters = sum(m.numel() * m.element_size() for name, m in self.masters.items() if m is not self.parameters[name])
-        return sums + gradients, masters + sum(n * dtype.itemsize for n, dtype in fields)
+        return sums + gradients, sum(n * dtype.itemsize for n, dtype in fields)
 
     def state(self) -> dict[str, Tensor]:
-        """All that an exact resume needs besides the parameters: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, `.master` of 16-bit ones, or
+        """All that an exact resume needs besides the parameters: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, `.residual` of bfloat16 ones, or
         what `optimizer.states` keeps in their place."""
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            if name in self.masters and self.masters[name] is not parameter:
-                found[f"{name}.master"] = self.masters[name]
-            for field, value in self.kept.get(name, {}).items():
-                found[f"{name}.{field}"] = value
-        return found
+        return {f"{name}.{field}": value for name, kept in self.kept.items() for field, value in kept.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Takes back what `state` gave, bit for bit. UserError when it belongs to other parameters or states."""
         self._check(state)
         self.begun.clear()
-        for name, parameter in self.parameters.items():
-            if name in self.masters and self.masters[name] is not parameter:
-                self.masters[name].copy_(state[f"{name}.master"])
+        for name in self.parameters:
             if f"{name}.step" in state:
                 self.kept[name] = {f: state[f"{name}.{f}"].to(self._place(f, name), copy=True) for f in self._fields(name)}
             else:
                 self.kept.pop(name, None)
-        self._round(self.parameters)
 
     def _fields(self, name: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of what is kept for a parameter that was updated."""
         step = {"step": ((), torch.float32)}
         if self.store is not None:
             return step | {f: ((n,), dtype) for f, (n, dtype) in self.store.fields(self.parameters[name].numel()).items()}
-        master = self.masters[name]
-        return step | {field: (tuple(master.shape), master.dtype) for field in ("exp_avg", "exp_avg_sq")}
+        shape, dtype = tuple(self.parameters[name].shape), self.parameters[name].dtype
+        rest = {"residual": (shape, torch.int16)} if name in self.halves else {}
+        return step | rest | {field: (shape, torch.promote_types(dtype, torch.float32)) for field in ("exp_avg", "exp_avg_sq")}
 
     def _zeros(self, name: str, field: str, sparse: bool) -> Tensor:
         shape, dtype = self._fields(name)[field]
@@ -260,12 +294,10 @@ class Optimizer:
 
     def _check(self, state: Mapping[str, Tensor]) -> None:
         expected = {f"{name}.{field}": kind for name in self.parameters for field, kind in self._fields(name).items()}
-        masters = [name for name in self.masters if self.masters[name] is not self.parameters[name]]
-        expected |= {f"{name}.master": (tuple(self.masters[name].shape), self.masters[name].dtype) for name in masters}
         problems = [f"unexpected {key}" for key in sorted(state.keys() - expected.keys())]
-        begun = {key.rpartition(".")[0] for key in state if not key.endswith(".master")}
+        begun = {key.rpartition(".")[0] for key in state}
         needed = [f"{name}.{field}" for name in self.parameters if name in begun for field in self._fields(name)]
-        problems += [f"missing {key}" for key in [*(f"{name}.master" for name in masters), *needed] if key not in state]
+        problems += [f"missing {key}" for key in needed if key not in state]
         for key in expected.keys() & state.keys():
             found, (shape, dtype) = state[key], expected[key]
             if tuple(found.shape) != shape:
@@ -299,7 +331,7 @@ def piece_of(weight: Tensor) -> int:
 def norm_parts(gradient: Tensor) -> Tensor:
     """At least float32, and of the gradient's norm: its entries, or of a 16-bit one the norms of its pieces."""
     numbers = entries(gradient)
-    if numbers.dtype not in HALVES:
+    if numbers.dtype != torch.bfloat16:
         return numbers
     pieces = numbers.reshape(-1).split(piece_of(numbers))
     return torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float32) for piece in pieces])
@@ -322,12 +354,6 @@ def _require_bfloat16(parameters: Mapping[str, nn.Parameter], config: OptimizerC
                 f"optimizer.states: {config.states} needs bfloat16 weights, but {name} is {str(parameter.dtype).removeprefix('torch.')}; "
                 "set model.dtype=bfloat16 or optimizer.states=float32"
             )
-
-
-def _master(parameter: nn.Parameter) -> Tensor:
-    if parameter.dtype not in HALVES:
-        return parameter
-    return parameter.detach().to(torch.float32)
 
 
 def warmup_steps(total: int, config: OptimizerConfig) -> int:

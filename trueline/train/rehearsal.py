@@ -20,7 +20,7 @@ from trueline.config.schema import OptimizerConfig
 from trueline.model.batch import Batch
 from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogProbability, Scorer
 from trueline.train.memory_plan import Peak
-from trueline.train.optimizer import HALVES, Optimizer, entries, piece_of
+from trueline.train.optimizer import Optimizer, entries, piece_of
 from trueline.train.step import each_gradient
 from trueline.train.stores import PIECE
 
@@ -163,7 +163,7 @@ def update_bytes(optimizer: Optimizer) -> int:
     """What an update works with beside gradients and states: watched on a small real parameter, in proportion to the largest there is."""
     parameter = max(optimizer.parameters.values(), key=lambda p: p.numel())
     largest, dtype = parameter.numel(), parameter.dtype
-    piece = largest if dtype not in HALVES else PIECE if optimizer.store is not None else piece_of(parameter)
+    piece = largest if dtype != torch.bfloat16 else PIECE if optimizer.store is not None else piece_of(parameter)
     at_once = min(largest, piece)
     return int(at_once * update_bytes_per_weight(dtype, optimizer.config))
 

@@ -3,7 +3,7 @@
 Each store gives the fields it keeps for `n` weights, reads float32 (weight, exp_avg, exp_avg_sq) and writes them back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -33,20 +33,6 @@ class Store(Protocol):
 
     def write(self, weight: Tensor, kept: Mapping[str, Tensor], values: Values, draw: Draw) -> None:
         """Stores `values`, the weight in `weight` and the rest in `kept`."""
-
-
-class Split:
-    """The float32 weight as its nearest bfloat16 and a 16-bit residual: all its bits, in 4 bytes. Moments in float32."""
-
-    def fields(self, n: int) -> dict[str, tuple[int, torch.dtype]]:
-        return {"residual": (n, torch.int16), "exp_avg": (n, torch.float32), "exp_avg_sq": (n, torch.float32)}
-
-    def read(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Values:
-        return join(weight, kept["residual"]), kept["exp_avg"], kept["exp_avg_sq"]
-
-    def write(self, weight: Tensor, kept: Mapping[str, Tensor], values: Values, draw: Draw) -> None:
-        weight.copy_(nearest(values[0]))
-        kept["residual"].copy_(residual(values[0], weight))
 
 
 class Bfloat16:
@@ -84,7 +70,7 @@ class Int8:
             kept[f"{name}_scale"].copy_(scales)
 
 
-STORES: dict[Literal["split", "bfloat16", "int8"], Store] = {"split": Split(), "bfloat16": Bfloat16(), "int8": Int8()}
+STORES: dict[Literal["bfloat16", "int8"], Store] = {"bfloat16": Bfloat16(), "int8": Int8()}
 
 
 def draws(seed: int, step: int, index: int, place: int, n: int, device: torch.device) -> Draw:
@@ -100,32 +86,30 @@ def draws(seed: int, step: int, index: int, place: int, n: int, device: torch.de
     return lambda: torch.randint(LEVELS, (n,), dtype=torch.int32, device=device, generator=generator)
 
 
-def nearest(wide: Tensor) -> Tensor:
-    """float32 to the nearest bfloat16, halves away from zero: unlike halves to even, what is cut off always fits in 16 bits."""
-    return without_halves(wide).to(torch.bfloat16)
+def join(narrow: Sequence[Tensor], rest: Sequence[Tensor], room: Tensor, spare: Tensor) -> Tensor:
+    """The flat float32 numbers that `part` parted, bit for bit, in `room`; both rooms are int32 of their length and written."""
+    lengths = [len(x) for x in narrow]
+    for to, found in ((room.view(torch.float32), narrow), (spare, rest)):
+        torch._foreach_copy_(list(to.split(lengths)), list(found))
+    return room.add_(spare).view(torch.float32)
 
 
-def without_halves(wide: Tensor, room: Tensor | None = None) -> Tensor:
-    """Finite float32 numbers with their last bit set, in `room` (int32) if given: a plain conversion brings them to `nearest(wide)`.
+def part(wide: Tensor, narrow: Sequence[Tensor], rest: Sequence[Tensor], spare: Tensor) -> None:
+    """Writes flat float32 numbers to flat bfloat16 and int16 tensors: the nearest, halves away from zero, and what that cuts off.
 
-    A half then lies beyond the middle, and nothing else comes nearer to another neighbour.
+    What is cut off, in units of the last float32 bit, is the lower half of the bits as a number with a sign; with halves to even it would
+    not always fit. `spare` (int32 of the length of `wide`) is written.
     """
-    return torch.bitwise_or(wide.view(torch.int32), 1, out=room).view(torch.float32)
+    bits = wide.view(torch.int32)
+    # with the last bit set a half lies beyond the middle, and nothing else comes nearer to another neighbour
+    odd = torch.bitwise_or(bits, 1, out=spare).view(torch.float32)
+    for to, found in ((narrow, odd), (rest, bits)):
+        torch._foreach_copy_(list(to), list(found.split([len(x) for x in to])))
 
 
 def stochastic(wide: Tensor, draw: Tensor) -> Tensor:
     """float32 to one of its two bfloat16 neighbours, to the farther from zero with the share of the way to it that `wide` has gone."""
     return ((wide.view(torch.int32) + draw) & -LEVELS).view(torch.float32).to(torch.bfloat16)
-
-
-def residual(wide: Tensor, narrow: Tensor) -> Tensor:
-    """What `nearest` cut off, in units of the last float32 bit, int16."""
-    return (wide.view(torch.int32) - narrow.float().view(torch.int32)).to(torch.int16)
-
-
-def join(narrow: Tensor, rest: Tensor) -> Tensor:
-    """The float32 numbers that `nearest` and `residual` were made of, bit for bit."""
-    return (narrow.float().view(torch.int32) + rest).view(torch.float32)
 
 
 @lru_cache
