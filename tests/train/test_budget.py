@@ -116,7 +116,7 @@ def test_states_that_are_there_are_not_counted_again() -> None:
     optimizer = Optimizer(dict(decoder.named_parameters()), OptimizerConfig())
     gradients, states = optimizer.memory()
     weights = sum(p.numel() for p in decoder.parameters())
-    assert gradients == 6 * weights and states == 12 * weights + 4 * len(optimizer.parameters)
+    assert gradients == 6 * weights and states == 10 * weights + 4 * len(optimizer.parameters)
     for parameter in optimizer.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.collect()

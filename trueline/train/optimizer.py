@@ -199,13 +199,13 @@ class Optimizer:
         for start in range(0, len(weight), size):
             known, found = begun[start : start + size], entry[start : start + size]
             views = [x[start : start + size] for x in (*halves, *moments)]
-            parts: list[tuple[Tensor | None, list[Tensor]]]
+            groups: list[tuple[Tensor | None, list[Tensor]]]
             if 2 * int(known.sum()) >= len(known):  # picking them out would take longer than all of them
-                parts = [(None, views)]
+                groups = [(None, views)]
             else:
-                parts = [(known.nonzero()[:, 0], views)]
-                parts += [((~known).nonzero()[:, 0], views[: len(halves)])] if self.config.weight_decay else []
-            for rows, written in parts:
+                groups = [(known.nonzero()[:, 0], views)]
+                groups += [((~known).nonzero()[:, 0], views[: len(halves)])] if self.config.weight_decay else []
+            for rows, written in groups:
                 columns = views if rows is None else [x.index_select(0, rows) for x in views]
                 numbers = found if rows is None else found[rows]
                 has = (numbers >= 0).nonzero()[:, 0]
