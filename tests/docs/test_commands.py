@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -31,7 +30,6 @@ SKIPPED = {
 }
 MADE_THERE = {"README.md": ("my-sft",)}  # folders that a page's own commands make
 SAME = ("README.zh-CN.md",)  # test_pages.py compares its blocks with the English page's
-EXPORTED = ("glm",)  # families whose page exports by default too: other tests export one that transformers has no class for
 STAGES = {"sft": "docs/sft.md", "reward": "docs/reward.md", "dpo": "docs/dpo.md", "ppo": "docs/ppo.md"}
 REWARD = """def score(answers):
     return [1.0 if 10 <= len(answer) <= 200 else 0.0 for answer in answers]
@@ -115,26 +113,13 @@ def living_pages() -> list[str]:
     return [page for page in pages() if page not in SAME and kinds & {block.language for block in blocks(page)}]
 
 
-def the_pages() -> list[Any]:
-    """Every page to its end. An export takes seconds, so most families' pages end before it by default, and run whole under `slow`."""
-    found = []
-    for page in living_pages():
-        long = page.startswith("docs/models/") and Path(page).stem not in EXPORTED
-        if long:
-            found.append(pytest.param(page, True, id=f"{page} before its export"))
-        found.append(pytest.param(page, False, id=page, marks=pytest.mark.slow if long else ()))
-    return found
-
-
-@pytest.mark.parametrize(("page", "before_export"), the_pages())
+@pytest.mark.parametrize("page", living_pages())
 def test_commands_and_programs_run(
-    page: str, before_export: bool, toys: Toys, trueline: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, toys: Toys, trueline: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     larder(tmp_path, toys, page)
     monkeypatch.chdir(tmp_path)
     for number, block in enumerate(blocks(page)):
-        if before_export and "trueline export" in block.text:
-            break
         if block.name:
             Path(block.name).write_text(block.text, encoding="utf-8")
         elif block.language in ("bash", "console"):

@@ -34,12 +34,12 @@ def answers(folder: Path) -> torch.Tensor:
     [
         ("sft-full", [], "model"),
         ("sft-lora", [], "adapter"),
-        pytest.param("sft-lora", ["--adapter"], "adapter", marks=pytest.mark.slow),
+        ("sft-lora", ["--adapter"], "adapter"),
         ("sft-lora", ["--merge"], "merged model"),
         ("sft-ptuning", [], "adapter"),
-        pytest.param("reward-full", [], "model", marks=pytest.mark.slow),
+        ("reward-full", [], "model"),
         ("reward-lora", ["--merge"], "merged model"),
-        pytest.param("reward-lora", ["--adapter"], "adapter", marks=pytest.mark.slow),
+        ("reward-lora", ["--adapter"], "adapter"),
     ],
 )
 def test_every_kind(trueline: Commands, runs: dict[str, Path], tmp_path: Path, name: str, flag: list[str], what: str) -> None:
@@ -59,7 +59,7 @@ def test_a_plain_model_folder(toys: Toys, trueline: Commands, tmp_path: Path) ->
     assert torch.equal(answers(tmp_path / "out"), answers(toys.model("llama")))
 
 
-@pytest.mark.parametrize("name", ["bfloat16", pytest.param("float64", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["bfloat16", "float64"])
 def test_the_stored_number_format_is_kept(toys: Toys, trueline: Commands, tmp_path: Path, name: str) -> None:
     """Of a whole model and of a merged one; an adapter stays as exact as it was trained."""
     base, run, dtype = tmp_path / "base", tmp_path / "run", getattr(torch, name)
