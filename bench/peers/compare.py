@@ -383,12 +383,12 @@ def main() -> None:
             write_model(place / name, **sizes)
             write_records(place / f"{name}.json", given.steps * SIZE, (SIZES | sizes)["vocab_size"])
         write_ppo(place)
-        for group in groups:
+        for count, group in enumerate(groups, 1):
             rows += measure(group, place, given)
+            if given.write:  # now, for all of them take an hour
+                write(rows, [done.name for done in groups[:count]], given, PAGE)
     print("\n" + HEAD + "\n" + "|---" * HEAD.count(" | ") + "|---|")
     print("\n".join(r.line() for r in rows))
-    if given.write:
-        write(rows, [group.name for group in groups], given, PAGE)
 
 
 if __name__ == "__main__":
