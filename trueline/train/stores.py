@@ -95,7 +95,7 @@ def join(narrow: Sequence[Tensor], rest: Sequence[Tensor], room: Tensor, spare: 
 
 
 def part(wide: Tensor, narrow: Sequence[Tensor], rest: Sequence[Tensor], spare: Tensor) -> None:
-    """Writes flat float32 numbers to flat bfloat16 and int16 tensors: the nearest, halves away from zero, and what that cuts off.
+    """Writes flat, finite float32 numbers to flat bfloat16 and int16 tensors: the nearest, halves away from zero, and what that cuts off.
 
     What is cut off, in units of the last float32 bit, is the lower half of the bits as a number with a sign; with halves to even it would
     not always fit. `spare` (int32 of the length of `wide`) is written.
