@@ -1,11 +1,11 @@
-"""Cross entropy of a vocabulary head, forward and backward: naive, PyTorch's chunked one where it has it, and our two.
+"""Cross entropy of a vocabulary head, forward and backward: naive, our two, and with `--torch` PyTorch's chunked one where it has it.
 
 One rule: equal first. Ours: the sum, as SFT uses it (`trueline`), and one value for each row, as DPO and PPO do (`trueline rows`: slopes
 are not known before the backward pass). Every side runs in a process of its own, which reads its peak of resident memory above what it held
 before (Linux), in the first round. Sides take turns by round; processor time is beside wall time, for a machine that others use. One JSON
 line per reading, then a table.
 
-`python bench/loss.py [--rounds N] [--threads N] [--tokens N] [--vocabulary N] [--hidden N ...]`
+`python bench/loss.py [--rounds N] [--threads N] [--tokens N] [--vocabulary N] [--hidden N ...] [--torch]`; PyTorch's takes minutes.
 """
 
 import argparse
@@ -61,12 +61,12 @@ def serve(side: str, tokens: int, vocabulary: int, hidden: int) -> None:
         print(json.dumps({"seconds": seconds, "processor": processor, "mib": memory("VmHWM") - before, "same": same}), flush=True)
 
 
-def compare(hidden: int, arguments: argparse.Namespace) -> list[dict[str, object]]:
+def compare(hidden: int, sides: list[str], arguments: argparse.Namespace) -> list[dict[str, object]]:
     """A row for each side at one hidden size."""
     sizes = ["--tokens", str(arguments.tokens), "--vocabulary", str(arguments.vocabulary), "--hidden", str(hidden)]
     command = [sys.executable, __file__, *sizes, "--threads", str(arguments.threads), "--side"]
-    children = {side: subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in SIDES}
-    read: dict[str, list[dict[str, float | list[float]]]] = {side: [] for side in SIDES}
+    children = {side: subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
+    read: dict[str, list[dict[str, float | list[float]]]] = {side: [] for side in sides}
     for _ in range(arguments.rounds + 1):  # the first for equality and memory, not for time
         for side, child in children.items():
             assert child.stdin is not None and child.stdout is not None
@@ -74,13 +74,13 @@ def compare(hidden: int, arguments: argparse.Namespace) -> list[dict[str, object
             child.stdin.flush()
             read[side].append(json.loads(child.stdout.readline()))
         naive = read["naive"][0]["same"]
-        gaps = {s: max(abs(a / b - 1) for a, b in zip(read[s][0]["same"], naive, strict=True)) for s in SIDES}  # type: ignore[arg-type]
+        gaps = {s: max(abs(a / b - 1) for a, b in zip(read[s][0]["same"], naive, strict=True)) for s in sides}  # type: ignore[arg-type]
         if max(gaps.values()) > EQUAL:
             raise SystemExit(f"hidden {hidden}: relative differences from naive {gaps}, expected at most {EQUAL}")
     for child in children.values():
         child.communicate()
     rows = []
-    for side in SIDES:
+    for side in sides:
         seconds = statistics.median(x["seconds"] for x in read[side][1:])  # type: ignore[type-var]
         rows.append({"bench": "loss", "side": side, "hidden": hidden, "seconds_median": seconds, "peak_mib": read[side][0]["mib"]})
         rows[-1] |= {"processor_median": statistics.median(x["processor"] for x in read[side][1:])}  # type: ignore[type-var]
@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151_552)
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--torch", action="store_true", help="PyTorch's F.linear_cross_entropy in chunks, too")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -104,8 +105,9 @@ def main() -> None:
         return
     rows = []
     for hidden in arguments.hidden:
-        rows += compare(hidden, arguments)
-        for row in rows[-len(SIDES) :]:
+        found = compare(hidden, [side for side in SIDES if side != "torch" or arguments.torch], arguments)
+        rows += found
+        for row in found:
             print(json.dumps(row), flush=True)
     print("| hidden | side | seconds | of naive's | processor time, of naive's | peak MiB | of naive's |\n|---|---|---|---|---|---|---|")
     naive = {row["hidden"]: row for row in rows if row["side"] == "naive"}

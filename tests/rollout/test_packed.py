@@ -60,7 +60,7 @@ def make(config: DecoderConfig, adapter: str = "base") -> tuple[Decoder, str | N
 
 @torch.no_grad()
 def difference(decoder: Decoder, role: str | None, lengths: list[int]) -> float:
-    """Largest difference of logits relative to their spread."""
+    """Largest difference of logits relative to their spread, of all tokens and of the last of each sequence alone."""
     layout = Packed.of(lengths)
     if decoder.config.rope_rows:  # contexts seen both ways, and two rows of positions
         layout = Packed.of(lengths, [n // 2 for n in lengths], anchors=[n // 3 or None for n in lengths])
@@ -68,9 +68,11 @@ def difference(decoder: Decoder, role: str | None, lengths: list[int]) -> float:
     wide = decoder.double().eval()
     expected = wide.head(wide(tokens, layout, role))  # type: ignore[misc]
     packed = PackedDecoder(decoder.float(), role)
-    got = packed.head(packed(tokens, layout, role))
-    assert got.dtype == torch.float32 and got.shape == expected.shape
-    return float((got - expected).abs().max() / expected.std())
+    got, ends = packed.head(packed(tokens, layout, role)), torch.tensor(lengths).cumsum(0) - 1
+    last = packed.head(packed(tokens, layout, role, ends))
+    assert got.dtype == torch.float32 and got.shape == expected.shape and len(last) == len(lengths)
+    gaps = (got - expected).abs().max(), (last - expected[ends]).abs().max()
+    return float(max(gaps) / expected.std())
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -253,9 +253,12 @@ class Engine:
         prefill = Prefill.of(lengths, list(range(old, len(running))), memory, contexts, anchors)
         layout = Mixed.of(self._decoding(memory, longest, *inputs[1:]), prefill) if old else prefill
         read = torch.tensor([t for p in prompts for t in p], device=running.newest.device)
-        hidden = decoder(torch.cat((running.newest[:old], read)), layout, self.model.role)
         ends = [old - 1 + end for end in accumulate(lengths)]
-        return _logits(decoder, hidden[torch.tensor([*range(old), *ends], device=read.device)])
+        wanted = torch.tensor([*range(old), *ends], device=read.device)
+        tokens = torch.cat((running.newest[:old], read))
+        if isinstance(decoder, PackedDecoder):
+            return _logits(decoder, decoder(tokens, layout, self.model.role, wanted))
+        return _logits(decoder, decoder(tokens, layout, self.model.role)[wanted])
 
     def _replay(self, memory: Memory, longest: int, *inputs: Tensor) -> Tensor:
         """`_decode`, recorded where that can be: what fills up a batch is written to rows of no request; pages all belong to one."""

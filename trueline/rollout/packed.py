@@ -55,16 +55,17 @@ class PackedDecoder(nn.Module):
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
         self.prefix = None if prefix is None else (prefix.keys.detach()[..., self.order].float(), prefix.values.detach().float())
 
-    def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
-        """States `[T, D]` for `head`, of packed `tokens` `[T]`."""
+    def forward(self, tokens: Tensor, layout: Layout, role: str | None = None, wanted: Tensor | None = None) -> Tensor:
+        """States `[T, D]` for `head`, of packed `tokens` `[T]`, or only those at places `wanted`: of a prompt, the last token's is used."""
         if self.prefix is not None:
             layout = Prefixed(layout, *self.prefix, self.config.prefix_shifts)
         turn = self._turn(layout.positions)[:, None]
         x = F.embedding(_fill(tokens, self.embed.weight.dtype), self.embed.weight).float()
         pieces = _pieces(len(x))
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, layout, turn, pieces)
-        return self.end(x[: len(tokens)])
+        x = self.layers[-1](x, layout, turn, pieces, wanted)
+        return self.end(x[: len(tokens) if wanted is None else len(wanted)])
 
     def _turn(self, positions: Tensor) -> Tensor:
         """`rotation` of `positions`, as complex numbers `[T, 1, channels / 2]`: read from a table of those that came up so far."""
@@ -110,7 +111,7 @@ class PackedBlock(nn.Module):
         after_norms = (block.attention_post_norm, block.mlp_post_norm)
         self.post_norms = [_plain_norm(norm) for norm in after_norms] if config.post_norms else None
 
-    def forward(self, x: Tensor, layout: Layout, turn: Tensor, pieces: list[int]) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, turn: Tensor, pieces: list[int], wanted: Tensor | None = None) -> Tensor:
         count, rows = turn.shape[0], x.shape[0]
         heads = _by_pieces(self._before, pieces, x).float().view(rows, self.groups, -1, self.head_dim)
         if count < rows:
@@ -125,6 +126,9 @@ class PackedBlock(nn.Module):
         else:
             q, k, v = heads[:, :, : self.shared].flatten(1, 2), heads[:, :, self.shared], heads[:, :, self.shared + 1]
             seen = layout.attend(self.layer, q, k, v, self.window).flatten(1)
+        if wanted is not None:
+            seen, x = seen[wanted], _fill(x[wanted], self.dtype)
+            pieces = _pieces(len(x))
         return _by_pieces(self._after, pieces, _fill(seen, self.dtype), x)
 
     def _grouped(self, parts: list[Tensor | None]) -> Tensor | None:
