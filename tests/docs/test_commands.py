@@ -114,9 +114,7 @@ def living_pages() -> list[str]:
 
 
 @pytest.mark.parametrize("page", living_pages())
-def test_commands_and_programs_run(
-    page: str, toys: Toys, trueline: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_and_programs_run(page: str, toys: Toys, trueline: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     larder(tmp_path, toys, page)
     monkeypatch.chdir(tmp_path)
     for number, block in enumerate(blocks(page)):

@@ -150,13 +150,8 @@ class Optimizer:
             rest, means, squares = ([x[field] for x in kept] for field in ("residual", "exp_avg", "exp_avg_sq"))
             narrow = [self.parameters[name].detach().view(-1)[a:b] for name, a, b in slices]
             wide = join(narrow, rest, room, spare)
-            changes = []
-            for (name, start, stop), place in zip(slices, spare.view(torch.float32).split(lengths), strict=True):
-                change = gradients[name].reshape(-1)[start:stop]
-                if change.dtype == torch.bfloat16:
-                    change = place.copy_(change)
-                    change = change if scale is None else change.mul_(scale)
-                changes.append(change)
+            places = zip(slices, spare.view(torch.float32).split(lengths), strict=True)
+            changes = [_widened(gradients[name].reshape(-1)[a:b], scale, place) for (name, a, b), place in places]
             for name, start, _ in slices:
                 if start:
                     self.kept[name]["step"] -= 1  # its pieces share a step
@@ -232,10 +227,7 @@ class Optimizer:
         before = kept["step"].clone()
         for start in range(0, len(weight), PIECE):
             stop = min(start + PIECE, len(weight))
-            change = flat[start:stop]
-            if change.dtype == torch.bfloat16:
-                change = change.to(torch.float32)
-                change = change if scale is None else change.mul_(scale)
+            change = _widened(flat[start:stop], scale)
             blocks = slice(start // BLOCK, -(-stop // BLOCK))
             piece = {f: x[blocks if f.endswith("scale") else slice(start, stop)] for f, x in kept.items() if f != "step"}
             values = self.store.read(weight[start:stop], piece)
@@ -340,6 +332,14 @@ def norm_parts(gradient: Tensor) -> Tensor:
 def entries(gradient: Tensor) -> Tensor:
     """The numbers of a gradient in its own memory: of a sparse one (`joined`) those of its rows, for the rest is 0."""
     return gradient.values() if gradient.is_sparse else gradient
+
+
+def _widened(gradient: Tensor, scale: Tensor | None, room: Tensor | None = None) -> Tensor:
+    """A 16-bit gradient in float32 (in `room` if given) times `scale`; a float32 one is returned as it is, for it was scaled before."""
+    if gradient.dtype != torch.bfloat16:
+        return gradient
+    wide = gradient.to(torch.float32) if room is None else room.copy_(gradient)
+    return wide if scale is None else wide.mul_(scale)
 
 
 def decays(parameter: Tensor) -> bool:
