@@ -43,4 +43,5 @@ def disk_full(error: Exception) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: Python's, an accelerator's (by name: this floor has no torch), or the CPU allocator's."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in said)

@@ -3,8 +3,10 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
-from trueline.model.attention import _ends, packed_attention, runs, varlen_attention, varlen_kernel, varlen_kernel_for
+from trueline.model.attention import packed_attention, runs, sequence_ends, varlen_attention, varlen_kernel, varlen_kernel_for
 
 
 def oracle(q, k, v, lengths, contexts=(), prefix=None):
@@ -147,11 +149,33 @@ def test_a_kernel_that_reads_wrong_heads_is_not_used():
     assert not runs(wrong, device, 1) and not runs(broken, device, 1)
 
 
+def test_a_trial_leaves_no_trace_in_a_recomputed_layer():
+    """There it is asked for in the first pass only; what the second keeps would else be fewer tensors."""
+    q, k, v = (torch.from_numpy(x).requires_grad_() for x in draw(7, 4, 2))
+
+    def kernel(q, k, v, ends, key_ends, longest, key_longest, *, window_size):  # keeps tensors for its backward pass
+        return packed_attention(q, k, v, tuple(ends.diff().tolist()))
+
+    def layer(q, k, v):
+        assert runs(kernel, torch.device("cpu"), 2)
+        return packed_attention(q, k, v, (4, 3)) * 2
+
+    checkpoint(layer, q, k, v, use_reentrant=False).sum().backward()
+    expected = torch.autograd.grad((packed_attention(q, k, v, (4, 3)) * 2).sum(), (q, k, v))
+    for x, y in zip((q, k, v), expected, strict=True):
+        torch.testing.assert_close(x.grad, y)
+
+
+def test_a_trial_has_numbers_where_tensors_have_none():
+    with FakeTensorMode():
+        assert runs(Flash(word=False), torch.device("cpu"), 2)
+
+
 def test_sequence_ends_are_made_once_and_can_be_kept_for_backward():
     with torch.inference_mode():
-        ends = _ends((3, 4), torch.device("cpu"))
+        ends = sequence_ends((3, 4), torch.device("cpu"))
     assert not ends.is_inference() and ends.tolist() == [0, 3, 7]
-    assert _ends((3, 4), torch.device("cpu")) is ends
+    assert sequence_ends((3, 4), torch.device("cpu")) is ends
 
 
 def test_no_varlen_attention_off_cuda():

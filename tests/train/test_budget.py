@@ -60,6 +60,21 @@ def test_one_item_that_does_not_fit_ends_the_run() -> None:
         update(8, [])
 
 
+@pytest.mark.parametrize("kind", ["python", "accelerator", "cpu"])
+def test_no_memory_for_the_update_ends_the_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may have been written by then, and gradients are still there: the same step again would use both twice."""
+    calls = []
+
+    def step(*given: object, **settings: object) -> None:
+        calls.append(given)
+        raise failure(kind)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    with pytest.raises(RunError, match=r"step 1: out of memory in the update .* optimizer\.states=bfloat16"):
+        update(100, [], kind)
+    assert len(calls) == 1
+
+
 def test_other_errors_are_not_taken_for_it() -> None:
     def attempt(tokens: int) -> float:
         raise RuntimeError("shapes do not fit")

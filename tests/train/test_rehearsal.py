@@ -17,6 +17,7 @@ from trueline.train.rehearsal import fake_batch, rehearse_pass, rehearse_step, s
 from trueline.train.step import train_step
 
 SIZES = DecoderConfig(vocab_size=1024, hidden_size=64, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=16, mlp_size=160)
+CPU = torch.device("cpu")
 BATCHES = [pack([Sample([1] * n, [i >= n // 4 for i in range(n)]) for n in lengths]) for lengths in ([90, 90, 60], [50, 41])]
 
 TRAINED = [int(batch.trained.sum()) for batch in BATCHES]
@@ -38,7 +39,8 @@ def planned(kind: str, dtype: torch.dtype, states: str, recompute: int) -> int:
     if kind == "full":
         with shapes_only(dtype) as mode:
             model, optimizer = made(kind, dtype, states, recompute)
-            return rehearse_step(model, optimizer, [(fake_batch(b, mode), n) for b, n in zip(BATCHES, TRAINED, strict=True)], True).total
+            fakes = [fake_batch(batch, mode, CPU) for batch in BATCHES]
+            return rehearse_step(model, optimizer, list(zip(fakes, TRAINED, strict=True)), True).total
     model, optimizer = made(kind, dtype, states, recompute)  # real weights and a real batch do as well
     return rehearse_step(model, optimizer, list(zip(BATCHES, TRAINED, strict=True)), True).total
 

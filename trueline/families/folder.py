@@ -123,11 +123,14 @@ def load_decoder(folder: ModelFolder, dtype: torch.dtype, device: torch.device |
     return decoder
 
 
-def random_decoder(folder: ModelFolder, dtype: torch.dtype, seed: int, with_head: bool = True) -> Decoder:
-    """A decoder of the folder's sizes with random weights on the CPU; one seed is one model, whatever the dtype and the head."""
+def random_decoder(
+    folder: ModelFolder, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu", with_head: bool = True
+) -> Decoder:
+    """A decoder of the folder's sizes with random weights; one seed is one model, whatever the dtype, the device and the head."""
     decoder = hollow_decoder(folder, with_head)
     materialise(decoder, dtype, "cpu")
     init_weights(decoder, torch.Generator().manual_seed(seed))
+    _replace_weights(decoder, lambda drawn: drawn.detach().to(device))
     return decoder
 
 
@@ -177,13 +180,21 @@ def hollow_decoder(folder: ModelFolder, with_head: bool) -> Decoder:
 
 
 def materialise(decoder: Decoder, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Gives every parameter its memory, uninitialised. Module.to_empty would give a tied head memory of its own."""
+    """Gives every parameter its memory, uninitialised."""
+    _replace_weights(decoder, lambda hollow: torch.empty(hollow.shape, dtype=dtype, device=device))
+
+
+def _replace_weights(decoder: Decoder, make: Callable[[nn.Parameter], Tensor]) -> None:
+    """Each parameter by another one, a tied head by the embedding's.
+
+    Module.to_empty gives a tied head memory of its own, and so does Module.to on a device that is not torch's own (PrivateUse1).
+    """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in decoder.modules():
-        for name, hollow in list(module.named_parameters(recurse=False)):
-            if hollow not in made:
-                made[hollow] = nn.Parameter(torch.empty(hollow.shape, dtype=dtype, device=device))
-            setattr(module, name, made[hollow])
+        for name, old in list(module.named_parameters(recurse=False)):
+            if old not in made:
+                made[old] = nn.Parameter(make(old))
+            setattr(module, name, made[old])
 
 
 def _check_weights(folder: ModelFolder, slots: dict[str, tuple[Weight, list[nn.Parameter]]]) -> None:

@@ -10,6 +10,8 @@ from itertools import accumulate, groupby
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import _disable_current_modes as outside  # noqa: PLC2701
 
 SHORT = 512  # queries; below it the CPU's bfloat16 kernel takes as long as the float32 one, 5 times as long with 40 (forward and backward)
 
@@ -161,7 +163,7 @@ def _flash(
     options: dict[str, object] = {"window_size": (-1 if window is None else window - 1, 0)}
     if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(kernel).parameters:
         options["enable_gqa"] = True
-    return kernel(q, k, v, _ends(lengths, q.device), _ends(seen, q.device), max(lengths), max(seen), **options)
+    return kernel(q, k, v, sequence_ends(lengths, q.device), sequence_ends(seen, q.device), max(lengths), max(seen), **options)
 
 
 @cache
@@ -169,8 +171,9 @@ def runs(kernel: Callable[..., Tensor], device: torch.device, share: int) -> boo
     """Whether `kernel` is right on `device`, forward and backward, with `share` query heads to a key head. Tried on two tokens.
 
     torch 2.11's signature has no word for shared heads, yet the operation below it takes them; later ones refuse them without the word.
+    Whoever asks first may be in a recomputed layer, or have tensors without numbers: the trial is nothing to either.
     """
-    with torch.inference_mode(False), torch.enable_grad():
+    with outside(), saved_tensors_hooks(lambda x: x, lambda x: x), torch.inference_mode(False), torch.enable_grad():
         q, k, v = (torch.ones(2, n, 64, dtype=torch.bfloat16, device=device) for n in (2 * share, 2, 2))
         v[:, 1] = 2
         v.requires_grad_()
@@ -190,7 +193,10 @@ def _before_each(prefix: Tensor, rows: Tensor, lengths: tuple[int, ...]) -> Tens
 
 
 @lru_cache(maxsize=16)
-def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each sequence begins, and the end `[N + 1]` int32. Kept for all layers: each copy to the device would wait for it."""
+def sequence_ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where each sequence begins, and the end `[N + 1]` int32. Kept for all layers: each copy to the device would wait for it.
+
+    With or without numbers, as tensors are made when it is asked first: whoever changes that makes it forget.
+    """
     with torch.inference_mode(False):  # autograd keeps it
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)

@@ -14,8 +14,8 @@ CHUNK = 2048  # rows of logits alive at once on an accelerator; with fewer the m
 CPU_CHUNK = 256  # float32 rows on a CPU, twice as many 16-bit ones: more gain nothing there, and 2,048 rows of 151,936 are 1.2 GB
 HALVES = 2**25  # bytes of 16-bit logits for which more rows are taken: each chunk's part of the head's gradient is made and added by itself
 NARROW = 128  # rows for heads no wider than this, whose products need no more
-LAUNCHED = 2**26  # numbers of a 16-bit product on an accelerator that are added at once
-CACHED = 2**20  # the same on a CPU, and logits that are worked on at once there: they stay in its caches; waking its threads costs little
+LAUNCHED = 2**26  # numbers of a 16-bit product that are added at once on an accelerator, and logits that are worked on
+CACHED = 2**20  # the same on a CPU: they stay in its caches; waking its threads costs little
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -67,6 +67,7 @@ class LinearLogLikelihood(torch.autograd.Function):
                 found, top, total = _exponentials(wide, targets, 1.0)
                 wide.mul_(-1 / total[:, None]).scatter_add_(-1, targets[:, None], torch.ones_like(total)[:, None])
                 logits.copy_(wide)
+                del wide  # before the next are made
                 picked += (found - total.log_().add_(top)).sum()
             sums.add(rows, change)
         ctx.sums = sums  # type: ignore[attr-defined]
@@ -117,6 +118,7 @@ def _slopes(temperature: float, change: Tensor, target: Tensor, total: Tensor, s
         wide = wide if temperature == 1 else wide.div_(temperature)
         wide.sub_(norm[:, None]).exp_().mul_(-factor[:, None]).scatter_add_(-1, targets[:, None], factor[:, None])
         logits.copy_(wide)
+        del wide  # before the next are made
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -138,9 +140,9 @@ def _chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[
 
 
 def _blocks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A chunk's rows, on a CPU so few at a time that they stay in its cache."""
-    size = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    return zip(*(x.split(max(1, size)) for x in (logits, *columns)), strict=True)
+    """A chunk's rows, so few at a time that they stay in a CPU's cache, or that their float32 copies on an accelerator are small."""
+    size = max(1, (CACHED if logits.device.type == "cpu" else LAUNCHED) // logits.shape[1])
+    return zip(*(x.split(size) for x in (logits, *columns)), strict=True)
 
 
 def _wide(logits: Tensor) -> Tensor:

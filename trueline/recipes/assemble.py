@@ -92,7 +92,7 @@ def open_model(config: ModelConfig, seed: int, with_head: bool = True) -> Opened
     elif adapted:
         raise UserError(f"model.init: random makes no sense for the adapter folder {path}; point model.path at a model folder")
     else:
-        decoder, score = random_decoder(folder, dtype, drawn, with_head=with_head).to(device), None
+        decoder, score = random_decoder(folder, dtype, drawn, device, with_head), None
     decoder.recompute = len(decoder.layers) if config.recompute is True else 0  # auto: chosen when the batches are known
     decoder.compile_layers = config.compile
     if config.compile:

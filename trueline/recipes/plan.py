@@ -100,7 +100,7 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
         decoder = _decoder(folder, {"policy": config.model.adapter}, dtype, device, with_head=stage != "reward")
         role, parameters = _trained(decoder, "policy", config.model.adapter)
         module, parameters = (LanguageModel(decoder, role), parameters) if stage != "reward" else _scorer(decoder, role, parameters)
-        optimizer, inside = make_optimizer(parameters, config.optimizer), [fake_batch(batch, mode) for batch in packed]
+        optimizer, inside = make_optimizer(parameters, config.optimizer), [fake_batch(batch, mode, device) for batch in packed]
         fixed = Peak(weights=weight_bytes(module), states=optimizer.memory()[1])
         said = _recompute(config, {"model": (module, inside[0])}, [optimizer], free, fixed.weights)
         step_peak = fixed + rehearse_step(module, optimizer, list(zip(inside, counts, strict=True)), stage == "sft")
@@ -153,7 +153,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         decoder, trunk, bare = model.decoder, critic.decoder, weight_bytes(model)
         roles = {"policy": bare, "critic": weight_bytes(model, critic) - bare, **_frozen_roles(config, dtype, folder)}
         fixed = Peak(weights=sum(roles.values()), states=sum(optimizer.memory()[1] for optimizer in optimizers))
-        scoring, *learning, read = (fake_batch(batch, mode) for batch in packed)
+        scoring, *learning, read = (fake_batch(batch, mode, device) for batch in packed)
         steps = list(zip(learning, counts[1:-1], strict=True))
         said = _recompute(config, {"policy": (model, learning[0]), "critic": (critic, learning[0])}, optimizers, free, fixed.weights)
         added = {

@@ -95,7 +95,7 @@ def split_attention(
         *keys.stride()[:3], *values.stride()[:3],
         SHARE=share, ROWS=max(16, triton.next_power_of_2(share)), SIZE=size, CHANNELS=channels,
         BLOCK=64 if q.element_size() == 2 else 32, PAGED=pages is not None,
-        WIDE=not q.is_cuda,  # the interpreter's products take bfloat16 for whole numbers
+        WIDE=not isinstance(attend_splits, triton.JITFunction),  # the interpreter's products take bfloat16 for whole numbers
         num_warps=4, num_stages=2,
     )  # fmt: skip
     add_splits[(requests * heads,)](partial, totals, out, SPLITS=splits, SIZE=size, CHANNELS=channels, num_warps=4)

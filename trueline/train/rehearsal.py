@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes as outside  # no
 from torch.utils._pytree import tree_flatten
 
 from trueline.config.schema import OptimizerConfig
+from trueline.model.attention import sequence_ends
 from trueline.model.batch import Batch
 from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogProbability, Scorer
 from trueline.train.memory_plan import Peak
@@ -81,12 +82,14 @@ class Made:
 def shapes_only(dtype: torch.dtype) -> Iterator[FakeTensorMode]:
     """Inside, new tensors have no numbers and take no memory; weights made inside are in `dtype`."""
     before = torch.get_default_dtype()
+    sequence_ends.cache_clear()
     with FakeTensorMode() as mode:
         torch.set_default_dtype(dtype)
         try:
             yield mode
         finally:
             torch.set_default_dtype(before)
+            sequence_ends.cache_clear()
 
 
 def rehearse_step(
@@ -153,10 +156,11 @@ def _loss(module: LanguageModel | Scorer, batch: Batch, trained: int, summed: bo
     return picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked).sum()
 
 
-def fake_batch(batch: Batch, mode: FakeTensorMode) -> Batch:
+def fake_batch(batch: Batch, mode: FakeTensorMode, device: torch.device) -> Batch:
+    """The batch without its numbers, where the weights would be."""
     layout = replace(batch.layout, positions=mode.from_tensor(batch.layout.positions))
     kept, rows = (None if x is None else mode.from_tensor(x) for x in (batch.kept, batch.rows))
-    return Batch(mode.from_tensor(batch.tokens), mode.from_tensor(batch.trained), layout, kept, rows)
+    return Batch(mode.from_tensor(batch.tokens), mode.from_tensor(batch.trained), layout, kept, rows).to(device)
 
 
 def update_bytes(optimizer: Optimizer) -> int:

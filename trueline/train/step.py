@@ -67,6 +67,29 @@ def train_step(
     if optimizer.config.in_backward and max_norm is None and world.size == len(batches) == 1:
         return _update_in_backward(optimizer, batches, objective, count, world, lr, step)
     losses, totals = accumulate(optimizer, batches, objective, count, world, step)
+    try:
+        return _update(optimizer, batches, losses, totals, world, max_norm, lr, step)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+    # not OutOfMemory: weights may have been written, and smaller micro-batches, of which nothing is left here, would make no room either
+    raise RunError(
+        f"step {step}: out of memory in the update of the weights; the last checkpoint is sound. "
+        "Train an adapter (model.adapter.kind=lora), or set optimizer.states=bfloat16 or int8"
+    )
+
+
+def _update(
+    optimizer: Optimizer,
+    batches: Sequence[B],
+    losses: Sequence[Tensor],
+    totals: Totals,
+    world: World,
+    max_norm: float | None,
+    lr: float,
+    step: int,
+) -> dict[str, float]:
+    """The update by the gradients that were summed; returns what `train_step` does."""
     gradients = optimizer.gradients(all_of_them=world.size > 1)
     for gradient in gradients.values() if world.size > 1 else ():
         gradient.copy_(all_sum(world, gradient))  # every rank holds all of the weights
