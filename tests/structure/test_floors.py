@@ -126,7 +126,7 @@ def test_rollout_never_sees_text() -> None:
 GATE = "trueline.recipes.gate"
 # the package and the command line load recipes late; the GPU's attention is an optional accelerator library that takes two seconds;
 # the hub's client and Parquet are for few runs, and every start and every process would pay for them
-LATE_MODULES = ("trueline", "trueline.cli", "trueline.model.attention", "trueline.rollout.decode", GATE)
+LATE_MODULES = ("trueline", "trueline.cli", "trueline.model.attention", "trueline.parallel.kernels", GATE)
 LATE_MODULES += ("trueline.families.folder", "trueline.data.tables")
 
 

@@ -82,7 +82,7 @@ def test_draws_belong_to_seed_step_parameter_and_place() -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_levels_are_those_of_the_paper(signed: bool) -> None:
-    table = levels(signed).double().numpy()
+    table = levels(signed, CPU).double().numpy()
     assert len(table) == 256 and (np.diff(table) > 0).all() and table[-1] == 1 and table[0] == (-1 if signed else 0) and 0 in table
     for i in range(7):  # in each decade, evenly spaced middles
         inside = table[(table > 10.0 ** (i - 7)) & (table < 10.0 ** (i - 6)) & (table < 1)]
@@ -93,7 +93,7 @@ def test_levels_are_those_of_the_paper(signed: bool) -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_8_bit_codes_are_neighbours_without_bias_and_a_square_is_never_zero(signed: bool) -> None:
-    x, table, rounds = wide(600, seed=2), levels(signed), 2000
+    x, table, rounds = wide(600, seed=2), levels(signed, CPU), 2000
     x = x if signed else x**2
     x[-1] = 0
     scales = np.array([np.abs(x[i : i + BLOCK].numpy()).max() for i in range(0, len(x), BLOCK)])
@@ -102,7 +102,7 @@ def test_8_bit_codes_are_neighbours_without_bias_and_a_square_is_never_zero(sign
     low, high = table.double().numpy()[below], table.double().numpy()[below + 1]
     found = []
     for step in range(rounds):
-        codes, kept = encode(x, table, draws(3, step, 0, 0, len(x), CPU)())
+        codes, kept = encode(x, table, draws(3, step, 0, 0, len(x), CPU)(), signed)
         assert np.array_equal(kept.numpy(), scales)
         found.append(table.double().numpy()[codes.numpy()])
     drawn = np.stack(found)
@@ -118,7 +118,7 @@ def by_numpy(kind: str, start: np.ndarray, gradients: list[np.ndarray], config: 
     """The whole run of one matrix in float64, with the store's rounding from its definition and the published draws."""
     n = start.size
     w, m, v = start.astype(np.float64), np.zeros(n), np.zeros(n)
-    tables = {"m": levels(True).double().numpy(), "v": levels(False).double().numpy()}
+    tables = {"m": levels(True, CPU).double().numpy(), "v": levels(False, CPU).double().numpy()}
 
     def narrow(x: np.ndarray, u: np.ndarray) -> np.ndarray:
         low, high = neighbours(np.where(x == 0, 1, x).astype(np.float32))

@@ -1,7 +1,5 @@
 """One new token per request against its past, by the fastest way this machine has. One rule: every way gives what the plain one gives."""
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import cache
 
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trueline.model.attention import decode_attention
+from trueline.parallel.kernels import usable
 
 PROGRAMS, MOST_SPLITS = 264, 64  # aimed at: two for each of an H100's or H200's 132 processors
 
@@ -44,16 +43,20 @@ def plain_attention(
 
 def kernel_for(q: Tensor) -> Callable[..., Tensor] | None:
     """The kernel that takes `q`, or None: it needs Triton and a CUDA device."""
-    return _kernel() if q.is_cuda and q.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+    return _kernel(q.device, q.dtype) if q.is_cuda and q.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
 
 
 @cache
-def _kernel() -> Callable[..., Tensor] | None:
-    """Imported when first needed: an optional library, which takes seconds."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    found: Callable[..., Tensor] = importlib.import_module("trueline.rollout.decode_kernel").split_attention
-    return found
+def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """`decode_kernel.split_attention`, tried on a few numbers."""
+
+    def right(kernel: Callable[..., Tensor]) -> bool:
+        numbers = torch.linspace(-1, 1, 2 * 4 * 32, dtype=dtype, device=device)
+        keys, lengths = numbers.view(2, 1, 4, 32), torch.tensor([4, 2], dtype=torch.int32, device=device)
+        given = numbers.sin().view(2, 4, 32), keys, keys.cos(), lengths, None, None
+        return torch.allclose(kernel(*given, 2), plain_attention(*given), rtol=0.03, atol=0.03)
+
+    return usable("trueline.rollout.decode_kernel", "split_attention", right)
 
 
 def splits_for(programs: int, columns: int) -> int:

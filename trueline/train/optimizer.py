@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from trueline.config.schema import OptimizerConfig
+from trueline.data.stream import key
 from trueline.errors import UserError
 from trueline.parallel.memory import zeros_on_demand
-from trueline.train.stores import BLOCK, PIECE, STORES, draws, join, part
+from trueline.train.stores import BLOCK, LAUNCHED_PIECE, PIECE, STORES, draws, join, part, update_kernel
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
 CACHED = 1 << 20  # weights updated at once: they stay in a CPU's cache, and waking its threads for each piece costs little
@@ -45,6 +46,7 @@ class Optimizer:
         self.sums: dict[str, Tensor] = {}  # gradients of `halves`: 16 bits of one micro-batch's, float32 of several and of sparse ones
         self.fused = all(p.device.type in FUSED for p in self.parameters.values())
         self.kept: dict[str, dict[str, Tensor]] = {}  # name -> step and what the update needs of the ones before, from the first on
+        self.updates: dict[str, int] = {}  # how many each has had: the `step` of `kept`, known without asking the device
         self.begun: dict[str, Tensor] = {}  # where gradients are sparse: the rows that had one
 
     @torch.no_grad()
@@ -92,6 +94,7 @@ class Optimizer:
             if name not in self.kept:
                 sparse = gradients[name].is_sparse
                 self.kept[name] = {field: self._zeros(name, field, sparse) for field in self._fields(name)}
+                self.updates[name] = 0
                 if sparse:
                     self.begun[name] = torch.zeros(len(gradients[name]), dtype=torch.bool, device=gradients[name].device)
         wide: list[str] = []
@@ -108,6 +111,8 @@ class Optimizer:
         means, squares = ([self.kept[name][field] for name in wide] for field in ("exp_avg", "exp_avg_sq"))
         self._update(wide, [self.parameters[name].detach() for name in wide], [gradients[name] for name in wide], means, squares, lr=lr)
         self._update_halves(halves, gradients, lr, scale)
+        for name in gradients:
+            self.updates[name] += 1
         del gradients
         self.clear(only)
 
@@ -224,16 +229,26 @@ class Optimizer:
         """States in a store: widens a piece of them at a time, so that float32 copies of the whole never exist."""
         assert self.store is not None
         weight, flat, kept = self.parameters[name].detach().view(-1), gradient.reshape(-1), self.kept[name]
+        updates = self.updates[name]
+        if self.config.states == "bfloat16" and (kernel := update_kernel(weight.device)) is not None and len(weight) < 2**31:
+            seed = key(self.seed, "rounding", updates, self.numbers[name], 0) >> 1  # an int64
+            decay = self.config.weight_decay if decays(self.parameters[name]) else 0.0
+            shrink = scale if flat.dtype == torch.bfloat16 else None  # others were scaled before
+            settings = {"lr": lr, "decay": decay, "betas": self.config.betas, "eps": self.config.eps}
+            kernel(weight, flat, kept["exp_avg"], kept["exp_avg_sq"], shrink, seed=seed, step=updates + 1, **settings)
+            kept["step"] += 1
+            return
         before = kept["step"].clone()
-        for start in range(0, len(weight), PIECE):
-            stop = min(start + PIECE, len(weight))
+        size = piece_of(weight, stored=True)
+        for start in range(0, len(weight), size):
+            stop = min(start + size, len(weight))
             change = _widened(flat[start:stop], scale)
             blocks = slice(start // BLOCK, -(-stop // BLOCK))
             piece = {f: x[blocks if f.endswith("scale") else slice(start, stop)] for f, x in kept.items() if f != "step"}
             values = self.store.read(weight[start:stop], piece)
             kept["step"].copy_(before)
             self._update([name], values[:1], [change], values[1:2], values[2:], lr=lr)
-            draw = draws(self.seed, int(before), self.numbers[name], start, stop - start, weight.device)
+            draw = draws(self.seed, updates, self.numbers[name], start, stop - start, weight.device)
             self.store.write(weight[start:stop], piece, values, draw)
 
     def clear(self, only: str | None = None) -> None:
@@ -262,6 +277,7 @@ class Optimizer:
         for name in self.parameters:
             if f"{name}.step" in state:
                 self.kept[name] = {f: state[f"{name}.{f}"].to(self._place(f, name), copy=True) for f in self._fields(name)}
+                self.updates[name] = int(state[f"{name}.step"])
             else:
                 self.kept.pop(name, None)
 
@@ -290,12 +306,12 @@ class Optimizer:
         begun = {key.rpartition(".")[0] for key in state}
         needed = [f"{name}.{field}" for name in self.parameters if name in begun for field in self._fields(name)]
         problems += [f"missing {key}" for key in needed if key not in state]
-        for key in expected.keys() & state.keys():
-            found, (shape, dtype) = state[key], expected[key]
+        for place in expected.keys() & state.keys():
+            found, (shape, dtype) = state[place], expected[place]
             if tuple(found.shape) != shape:
-                problems.append(f"{key} has shape {list(found.shape)}, expected {list(shape)}")
+                problems.append(f"{place} has shape {list(found.shape)}, expected {list(shape)}")
             elif found.dtype != dtype:
-                problems.append(f"{key} is {found.dtype}, expected {dtype}")
+                problems.append(f"{place} is {found.dtype}, expected {dtype}")
         if problems:
             shown = problems[:10] + [f"and {len(problems) - 10} more"] * (len(problems) > 10)
             raise UserError(
@@ -315,9 +331,11 @@ def joined(gradient: Tensor) -> Tensor:
     return gradient.coalesce() if gradient.is_sparse else gradient
 
 
-def piece_of(weight: Tensor) -> int:
-    """How many weights are widened at once where they need not be."""
-    return CACHED if weight.device.type == "cpu" else LAUNCHED
+def piece_of(weight: Tensor, stored: bool = False) -> int:
+    """How many weights are widened at once; `stored`: whose states are in a store."""
+    if weight.device.type == "cpu":
+        return PIECE if stored else CACHED
+    return LAUNCHED_PIECE if stored else LAUNCHED
 
 
 def norm_parts(gradient: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def train_step(
 def _update(
     optimizer: Optimizer,
     batches: Sequence[B],
-    losses: Sequence[Tensor],
+    losses: list[Tensor],
     totals: Totals,
     world: World,
     max_norm: float | None,

@@ -4,17 +4,20 @@ Each store gives the fields it keeps for `n` weights, reads float32 (weight, exp
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import Literal, Protocol
+from functools import cache, lru_cache
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from trueline.data.stream import key
+from trueline.parallel.kernels import usable
 
 BLOCK = 256  # 8-bit moments that share a scale, as in arXiv:2110.02861
 PIECE = 1 << 22  # weights that are widened to float32 at once; whole blocks
+LAUNCHED_PIECE = 1 << 24  # the same on an accelerator, where a piece costs 26 launches and more
 LEVELS = 1 << 16  # of a draw
 
 Values = tuple[Tensor, Tensor, Tensor]
@@ -58,16 +61,33 @@ class Int8:
         return {"exp_avg": codes, "exp_avg_scale": scales, "exp_avg_sq": codes, "exp_avg_sq_scale": scales}
 
     def read(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Values:
-        signed, unsigned = (levels(s).to(weight.device) for s in (True, False))
+        signed, unsigned = (levels(s, weight.device) for s in (True, False))
         mean = decode(kept["exp_avg"], kept["exp_avg_scale"], signed)
         return weight.float(), mean, decode(kept["exp_avg_sq"], kept["exp_avg_sq_scale"], unsigned)
 
     def write(self, weight: Tensor, kept: Mapping[str, Tensor], values: Values, draw: Draw) -> None:
         weight.copy_(stochastic(values[0], draw()))
         for name, value, signed in (("exp_avg", values[1], True), ("exp_avg_sq", values[2], False)):
-            codes, scales = encode(value, levels(signed).to(value.device), draw())
+            codes, scales = encode(value, levels(signed, value.device), draw(), signed)
             kept[name].copy_(codes)
             kept[f"{name}_scale"].copy_(scales)
+
+
+@cache
+def update_kernel(device: torch.device) -> Callable[..., None] | None:
+    """A whole update of `Bfloat16` in one pass, where Triton and a CUDA device are; tried on some weights."""
+
+    def right(kernel: Callable[..., None]) -> bool:
+        before = torch.linspace(-2, 2, 1000, device=device)
+        means, squares, gradient = before / 8, before.square() / 64, before.flip(0)
+        wide, steps = [x.clone() for x in (before, means, squares)], torch.tensor(2.0)
+        lists: Any = wide[:1], [gradient], wide[1:2], wide[2:], [], [steps]
+        adamw(*lists, beta1=0.9, beta2=0.99, amsgrad=False, maximize=False, lr=0.01, eps=1e-8, weight_decay=0.1)
+        found = [x.bfloat16() for x in (before, means, squares)]
+        kernel(found[0], gradient, *found[1:], None, seed=2**62, step=3, lr=0.01, decay=0.1, betas=(0.9, 0.99), eps=1e-8)
+        return all(torch.allclose(x.float(), y, rtol=0.01, atol=1e-4) for x, y in zip(found, wide, strict=True))
+
+    return usable("trueline.train.update_kernel", "adamw_bfloat16", right) if device.type == "cuda" else None
 
 
 STORES: dict[Literal["bfloat16", "int8"], Store] = {"bfloat16": Bfloat16(), "int8": Int8()}
@@ -113,7 +133,7 @@ def stochastic(wide: Tensor, draw: Tensor) -> Tensor:
 
 
 @lru_cache
-def levels(signed: bool) -> Tensor:
+def levels(signed: bool, device: torch.device) -> Tensor:
     """The 256 numbers from -1 (or 0) to 1 that an 8-bit code stands for, ascending: the dynamic tree of arXiv:2110.02861 section 2.2.
 
     Each decade down to 1e-6 has half as many as the one above it. The lowest is -1, not the paper's -0.993: nothing lies outside.
@@ -125,24 +145,24 @@ def levels(signed: bool) -> Tensor:
         found += [*middles, *(-middles if signed else ())]
     table = torch.tensor(sorted(found), dtype=torch.float32)
     table[0] = -1.0 if signed else 0.0
-    return table
+    return table.to(device)  # once: each copy would be waited for
 
 
 def decode(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
     return table[codes.int()] * scales.repeat_interleave(BLOCK)[: len(codes)]
 
 
-def encode(wide: Tensor, table: Tensor, draw: Tensor) -> tuple[Tensor, Tensor]:
+def encode(wide: Tensor, table: Tensor, draw: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes `[n]` and scales `[n / BLOCK]`; each number goes to one of its two neighbours in the table, at random in proportion.
 
-    A positive number never becomes 0 in a table without negative ones: AdamW divides by its root.
+    A positive number never becomes 0 in a table without negative ones (not `signed`): AdamW divides by its root.
     """
     blocks = torch.nn.functional.pad(wide, (0, -len(wide) % BLOCK)).view(-1, BLOCK)
     scales = blocks.abs().amax(-1)
     share = (blocks / torch.where(scales > 0, scales, 1.0)[:, None]).view(-1)[: len(wide)]
-    below = (torch.searchsorted(table, share, right=True) - 1).clamp_(0, len(table) - 2)
+    below = (torch.searchsorted(table, share, right=True, out_int32=True) - 1).clamp_(0, len(table) - 2)
     way = (share - table[below]) / (table[below + 1] - table[below])
     codes = below + (draw < way * LEVELS)
-    if table[0] == 0:
+    if not signed:
         codes = torch.where(wide > 0, codes.clamp(min=1), codes)
     return codes.to(torch.uint8), scales
