@@ -279,6 +279,8 @@ def main() -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without Chinese must not end a run
+    # read when torch is loaded: micro-batches are of all lengths, and pieces of fixed size leave gaps that none fits
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     try:
         for argument in sys.argv[1:]:
             if re.fullmatch(r"--[a-z_]+(\.[a-z_]+)+(=.*)?", argument, re.DOTALL):

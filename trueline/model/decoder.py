@@ -262,7 +262,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
         """Hidden states `[T, D]` of packed `tokens` `[T]` (or of their embeddings `[T, D]`), after the final norm."""
         layout = self._seen(layout, role)
-        turn = rotation(layout.positions, self.config)
+        turn = self._turn(layout)
         x = self.embed(tokens) if tokens.dim() == 1 else tokens
         for i, layer in enumerate(self.layers):
             given = (x, layout, turn, role, self.compile_layers and torch.is_grad_enabled())
@@ -270,13 +270,18 @@ class Decoder(nn.Module):
             x = checkpoint(layer, *given, use_reentrant=False) if recomputed else layer(*given)
         return self.norm(x)
 
+    def _turn(self, layout: Layout) -> tuple[Tensor, Tensor]:
+        """Cosines and sines in the model's dtype, as all layers use them."""
+        cos, sin = rotation(layout.positions, self.config)
+        return cos.to(self.embed.weight.dtype), sin.to(self.embed.weight.dtype)
+
     def layer_memory(self, tokens: Tensor, layout: Layout, role: str | None = None) -> tuple[int, int]:
         """Bytes that one layer keeps of packed `tokens` for its backward pass, and how many when it is recomputed.
 
         Measured on the layers themselves: on one of each window, and the largest counts.
         """
         layout = self._seen(layout, role)
-        turn = rotation(layout.positions, self.config)
+        turn = self._turn(layout)
         known = {x.untyped_storage()._cdata for x in (*self.parameters(), *turn)}
         x = self.embed(tokens).detach().requires_grad_()
         most = 0

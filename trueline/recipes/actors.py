@@ -6,7 +6,7 @@ One rule: every forward and backward pass of an iteration goes through `Actors.b
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -93,6 +93,12 @@ class Actors:
     budget: Budget
     clock: Clock = field(default_factory=Clock)
 
+    @cached_property
+    def engine(self) -> Engine:
+        """The same in every iteration: what it has recorded may serve again."""
+        rollout = self.config.rollout
+        return Engine(self.roles.model, rollout.running, rollout.memory_bytes, rollout.packed)
+
     def answer(self, prompts: Sequence[TokenPrompt], seeds: Sequence[int], samples: int = 1) -> Answers:
         """One answer to each prompt by the policy as it is now: the engine runs the very weights that are trained.
 
@@ -105,8 +111,6 @@ class Actors:
             rollouts = [replace(found[i], text=opened.text().decode(found[i].tokens)) for i in indices]
             return list(zip(rollouts, self.reward.prepare(rollouts, [prompts[i] for i in indices]), strict=True))
 
-        rollout = config.rollout
-        engine = Engine(self.roles.model, rollout.running, rollout.memory_bytes, rollout.packed)
         self.clock.lap("idle")
         with Beside(work, len(prompts), samples if config.reward.overlap else len(prompts)) as beside:
 
@@ -114,8 +118,8 @@ class Actors:
                 found[i] = rollout
                 beside.done(i)
 
-            with engine.hold():
-                engine.generate([p.tokens for p in prompts], sampling_of(config.sampling, opened), seeds, finished)
+            with self.engine.hold():
+                self.engine.generate([p.tokens for p in prompts], sampling_of(config.sampling, opened), seeds, finished)
             self.clock.lap("generate")
             rollouts, prepared = zip(*beside.results(), strict=True)
         waited = time.perf_counter() - self.clock.last

@@ -21,6 +21,7 @@ from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
 
 PROMPT_TOKENS = 8192  # prompt tokens in one forward, unless a single prompt is longer: bounds the activations
+COLUMNS = 256  # where steps are recorded, memory is a multiple of these long: prompts of about one length then need the same
 
 
 class Work:
@@ -222,7 +223,8 @@ class Engine:
         stored = self.decoder.stored if isinstance(self.decoder, PackedDecoder) else weight.dtype
         self.memory = make_memory(config, stored, weight.device, lengths, rows, budget)
         if self.graphs is not None and self.memory.table is None:
-            self.memory.reserve(rows, [max(lengths)], max(lengths))  # at once: a memory that grows moves, and recordings end
+            most = -(-max(lengths) // COLUMNS) * COLUMNS
+            self.memory.reserve(rows, [most], most)  # at once: a memory that grows moves, and recordings end
         stops = torch.zeros(config.vocab_size, dtype=torch.bool, device=weight.device)
         stops[[s for s in sampling.stop if 0 <= s < len(stops)]] = True
         with _evaluating(self.model):

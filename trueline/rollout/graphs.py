@@ -1,10 +1,12 @@
 """A decoding step recorded once for each size of batch and replayed. One rule: only while all that a recording points to stays in place.
 
 A step of a large model is thousands of small kernels that take longer to launch than to run; a CUDA graph launches them at once. Weights
-that are updated in place keep their addresses, so a recording outlives the update, and the next `hold()`. Never run on a GPU yet.
+that are updated in place keep their addresses, so a recording outlives the update, and also the next `hold()` where keys and values come to
+lie where they lay. Never run on a GPU yet.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from trueline.rollout.decode import kernel_for
 
-WARM_UPS = 2  # runs before recording: kernels are compiled and libraries make their handles in the first
+WARM_UPS = 1  # runs on the stream of the recording before it, where libraries make their handles
+PATIENCE = 3  # steps of a size that are not recorded: a recording takes as long as some, and the last requests pass through sizes quickly
 
 Step = Callable[..., Tensor]
 
@@ -45,10 +48,14 @@ class CudaGraph:
 
 
 class Graphs:
-    """Recordings of a step by size of batch: powers of two and `rows`, the most there can be. Steps in between are filled up."""
+    """Recordings of a step by size of batch: powers of two and `rows`, the most there can be. Steps in between are filled up.
 
-    def __init__(self, record: Callable[[Step, tuple[Tensor, ...], Any], Recording] = CudaGraph):
-        self.record = record
+    The first `patience` steps of a size are run as they are; kernels are compiled in them.
+    """
+
+    def __init__(self, record: Callable[[Step, tuple[Tensor, ...], Any], Recording] = CudaGraph, patience: int = 0):
+        self.record, self.patience = record, patience
+        self.asked: Counter[int] = Counter()  # size -> steps of it
         self.key: object = None
         self.pool: Any = None
         self.recordings: dict[int, tuple[tuple[Tensor, ...], Recording]] = {}
@@ -64,9 +71,11 @@ class Graphs:
             return step(*inputs)
         if key != self.key:
             self.recordings.clear()
+            self.asked.clear()
             self.key, self.pool = key, torch.cuda.graph_pool_handle() if inputs[0].is_cuda else None
         count, size = len(inputs[0]), bucket(len(inputs[0]), rows)
-        if size not in self.recordings and not self._make(step, inputs, size):
+        self.asked[size] += 1
+        if size not in self.recordings and (self.asked[size] <= self.patience or not self._make(step, inputs, size)):
             return step(*inputs)
         held, recording = self.recordings[size]
         _fill(held, inputs)
@@ -93,7 +102,7 @@ def bucket(count: int, rows: int) -> int:
 def graphs_for(decoder: nn.Module) -> Graphs | None:
     """None where steps cannot be recorded: off CUDA, without the decode kernel, or with weights that are parts of larger ones."""
     weight = next(decoder.parameters())
-    return Graphs() if type(weight.detach()) is Tensor and kernel_for(weight) is not None else None
+    return Graphs(patience=PATIENCE) if type(weight.detach()) is Tensor and kernel_for(weight) is not None else None
 
 
 def _fill(held: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> None:
