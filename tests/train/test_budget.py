@@ -132,6 +132,9 @@ def test_states_that_are_there_are_not_counted_again() -> None:
     gradients, states = optimizer.memory()
     weights = sum(p.numel() for p in decoder.parameters())
     assert gradients == 6 * weights and states == 10 * weights + 4 * len(optimizer.parameters)
+    assert optimizer.memory(several=False)[0] == 2 * weights
+    early = Optimizer(optimizer.parameters, OptimizerConfig(in_backward=True, max_norm=None))
+    assert early.memory()[0] == 6 * weights and early.memory(several=False)[0] == 2 * max(p.numel() for p in decoder.parameters())
     for parameter in optimizer.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.collect()

@@ -275,9 +275,10 @@ def burn_in(actors: Actors, prompts: Sequence[TokenPrompt], ptx: Sequence[Sample
     if config.model.recompute == "auto":
         samples = [answered(r.prompt, r.tokens, roles.model.decoder.config.blocks) for r in fullest(budget.room(sizes))]
         batch = pack(samples).to(actors.world.device)
+        several = len(plan(sizes, budget.room(sizes))[0]) > 1 or bool(mixed)
         for module in (roles.model, roles.critic):
-            optimizers = actors.optimizers.values()
-            budget.say(choose_recompute(module.decoder, module.role, batch, len(batch.tokens), optimizers, config.batch.memory))
+            optimizers, memory = actors.optimizers.values(), config.batch.memory
+            budget.say(choose_recompute(module.decoder, module.role, batch, len(batch.tokens), optimizers, memory, several))
         budget.relieve = partial(recompute_all, [roles.model.decoder, roles.critic.decoder])
     if min(budget.room(sizes), sum(sizes)) >= TRIVIAL:
         budget.fit([*sizes, *map(len, mixed)], rehearse)

@@ -147,7 +147,8 @@ def settle_recompute(stage: Stage, task: Task[T, B], optimizer: Optimizer, world
     fullest = cast(Any, next(_packed(task, items, batch.max_tokens, world)))
     tokens = min(batch.max_tokens, sum(len(item) for item in items))
     packed: Batch = getattr(fullest, "batch", fullest)
-    return choose_recompute(stage.opened.decoder, stage.role, packed, tokens, [optimizer], batch.memory)
+    several = len(plan(lengths(items).tolist(), batch.max_tokens)[0]) > 1
+    return choose_recompute(stage.opened.decoder, stage.role, packed, tokens, [optimizer], batch.memory, several)
 
 
 def longest_items(items: Sequence[T], count: int) -> list[T]:

@@ -102,7 +102,7 @@ def fit_forecast(stage: str, config: StageConfig, device: torch.device, free: in
         module, parameters = (LanguageModel(decoder, role), parameters) if stage != "reward" else _scorer(decoder, role, parameters)
         optimizer, inside = make_optimizer(parameters, config.optimizer), [fake_batch(batch, mode, device) for batch in packed]
         fixed = Peak(weights=weight_bytes(module), states=optimizer.memory()[1])
-        said = _recompute(config, {"model": (module, inside[0])}, [optimizer], free, fixed.weights)
+        said = _recompute(config, {"model": (module, inside[0])}, [optimizer], free, fixed.weights, len(packed) > 1)
         step_peak = fixed + rehearse_step(module, optimizer, list(zip(inside, counts, strict=True)), stage == "sft")
         phases = {"step": step_peak}
         reference = config.reference.path if isinstance(config, DpoStageConfig) and config.reference.kind == "frozen" else None
@@ -154,8 +154,9 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         roles = {"policy": bare, "critic": weight_bytes(model, critic) - bare, **_frozen_roles(config, dtype, folder)}
         fixed = Peak(weights=sum(roles.values()), states=sum(optimizer.memory()[1] for optimizer in optimizers))
         scoring, *learning, read = (fake_batch(batch, mode, device) for batch in packed)
-        steps = list(zip(learning, counts[1:-1], strict=True))
-        said = _recompute(config, {"policy": (model, learning[0]), "critic": (critic, learning[0])}, optimizers, free, fixed.weights)
+        steps, several = list(zip(learning, counts[1:-1], strict=True)), len(learning) > 1 or config.ppo.ptx_coefficient > 0
+        both = {"policy": (model, learning[0]), "critic": (critic, learning[0])}
+        said = _recompute(config, both, optimizers, free, fixed.weights, several)
         added = {
             "generate": _generating(config, decoder, sizes[0] - new, len(rollouts), packs, free) + rehearse_pass(model, read, 1),
             "score": max((rehearse_pass(m, scoring, counts[0]) for m in (model, critic)), key=lambda peak: peak.total),
@@ -244,13 +245,16 @@ def _scorer(decoder: Decoder, role: str | None, parameters: dict[str, nn.Paramet
     return scorer, parameters | {"score.weight": scorer.score.get_parameter("weight")}
 
 
-def _recompute(config: StageConfig, modules: dict[str, Any], optimizers: Sequence[Any], free: int, weights: int) -> list[str]:
+def _recompute(
+    config: StageConfig, modules: dict[str, Any], optimizers: Sequence[Any], free: int, weights: int, several: bool
+) -> list[str]:
     """Sets each decoder's layers as the run will."""
     said = []
     for name, (module, batch) in modules.items():
         if config.model.recompute == "auto":
             memory = config.batch.memory or max(int(free * (1 - SPARE)) - weights, 1)
-            said.append(f"{name}: {choose_recompute(module.decoder, module.role, batch, len(batch.inputs), optimizers, memory)}")
+            tokens = len(batch.inputs)
+            said.append(f"{name}: {choose_recompute(module.decoder, module.role, batch, tokens, optimizers, memory, several)}")
         elif config.model.recompute:
             module.decoder.recompute = len(module.decoder.layers)
     return said

@@ -68,16 +68,23 @@ def recompute_all(decoders: Sequence[Decoder]) -> str | None:
 
 
 def choose_recompute(
-    decoder: Decoder, role: str | None, batch: Batch, tokens: int, optimizers: Iterable[Optimizer], memory: int | None
+    decoder: Decoder,
+    role: str | None,
+    batch: Batch,
+    tokens: int,
+    optimizers: Iterable[Optimizer],
+    memory: int | None,
+    several: bool = True,
 ) -> str:
     """Sets how many layers of `decoder` are recomputed, so that a micro-batch of `tokens` tokens fits `memory`; returns what and why.
 
     What a layer keeps is measured on `batch`. `memory` None is what the device has free. Gradients and states that are still to come count
-    as used. Never fewer than were chosen before: another role of the same trunk may need more.
+    as used, gradients as in steps of one micro-batch or of `several`. Never fewer than were chosen before: another role of the same trunk
+    may need more.
     """
     optimizers = list(optimizers)
     free = math.floor(free_memory(batch.tokens.device) * (1 - SPARE)) if memory is None else memory
-    wanted = [optimizer.memory() for optimizer in optimizers]
+    wanted = [optimizer.memory(several) for optimizer in optimizers]
     there = sum(x.nbytes for optimizer in optimizers for x in optimizer.state().values())
     kept, again = (-(-n * tokens // len(batch.inputs)) for n in decoder.layer_memory(batch.inputs, batch.layout, role))
     room = free - max(gradients for gradients, _ in wanted) - (sum(states for _, states in wanted) - there) - logits_memory(decoder, tokens)

@@ -231,7 +231,7 @@ class Optimizer:
         weight, flat, kept = self.parameters[name].detach().view(-1), gradient.reshape(-1), self.kept[name]
         updates = self.updates[name]
         if self.config.states == "bfloat16" and (kernel := update_kernel(weight.device)) is not None and len(weight) < 2**31:
-            seed = key(self.seed, "rounding", updates, self.numbers[name], 0) >> 1  # an int64
+            seed = key(self.seed, "rounding", updates, self.numbers[name], 0)
             decay = self.config.weight_decay if decays(self.parameters[name]) else 0.0
             shrink = scale if flat.dtype == torch.bfloat16 else None  # others were scaled before
             settings = {"lr": lr, "decay": decay, "betas": self.config.betas, "eps": self.config.eps}
@@ -257,10 +257,11 @@ class Optimizer:
             self.sums.pop(name, None)
             self.parameters[name].grad = None
 
-    def memory(self) -> tuple[int, int]:
-        """Bytes of one step's gradients, and of all that is kept between updates, once there was one."""
-        sums = sum(p.numel() * 4 for p in self.halves.values())  # float32, beside the backward pass's own: in steps of several
-        gradients = sum(p.numel() * p.element_size() for p in self.parameters.values())
+    def memory(self, several: bool = True) -> tuple[int, int]:
+        """Bytes of the gradients of a step of one micro-batch or `several`, and of all that is kept between updates, once there was one."""
+        sums = sum(p.numel() * 4 for p in self.halves.values()) if several else 0  # float32, beside the backward pass's own
+        sizes = [p.numel() * p.element_size() for p in self.parameters.values()]
+        gradients = max(sizes) if self.config.in_backward and not several else sum(sizes)
         fields = [(math.prod(shape), dtype) for name in self.parameters for shape, dtype in self._fields(name).values()]
         return sums + gradients, sum(n * dtype.itemsize for n, dtype in fields)
 
