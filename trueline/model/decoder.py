@@ -171,12 +171,14 @@ class Attention(nn.Module):
         self.window = config.windows[layer] if config.windows else None
         self.adapters = nn.ModuleDict()  # role -> projection name -> LowRank
 
-    def heads(self, x: Tensor, cos: Tensor, sin: Tensor, role: str | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of states `[T, D]`, turned: `[T, H, d]` and twice `[T, G, d]`."""
+    def heads(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, role: str | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of states `[T, D]`, turned unless the layout does it: `[T, H, d]` and twice `[T, G, d]`."""
         # -1 heads: under tensor parallelism a rank holds a slice of them
         q, k, v = (project(self, name, x, role).unflatten(-1, (-1, self.config.head_dim)) for name in "qkv")
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        if cos is None or sin is None:
+            return q, k, v
         return rotate(q, cos, sin, self.config), rotate(k, cos, sin, self.config), v
 
 
@@ -214,7 +216,7 @@ class Block(nn.Module):
         after = [RMSNorm(config.hidden_size, eps=config.norm_eps) if config.post_norms else nn.Identity() for _ in range(2)]
         self.attention_post_norm, self.mlp_post_norm = after
 
-    def forward(self, x: Tensor, layout: Layout, turn: tuple[Tensor, Tensor], role: str | None, compile: bool = False) -> Tensor:
+    def forward(self, x: Tensor, layout: Layout, turn: "Turn", role: str | None, compile: bool = False) -> Tensor:
         before: Callable[..., Any] = compiled(Block.before) if compile else Block.before
         after: Callable[..., Tensor] = compiled(Block.after) if compile else Block.after
         kept, q, k, v = before(self, x, *turn, role)
@@ -222,7 +224,7 @@ class Block(nn.Module):
         del q, k, v  # nothing but attention needs them
         return after(self, kept, mixed, role)
 
-    def before(self, x: Tensor, cos: Tensor, sin: Tensor, role: str | None) -> tuple[Tensor, ...]:
+    def before(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, role: str | None) -> tuple[Tensor, ...]:
         """What attention's output is added to, and its queries, keys and values."""
         seen = self.attention_norm(x)
         return self._kept(x, seen), *self.attention.heads(seen, cos, sin, role)
@@ -235,6 +237,10 @@ class Block(nn.Module):
 
     def _kept(self, x: Tensor, normed: Tensor) -> Tensor:
         return x if self.residual_scale is None else self.residual_scale * normed
+
+
+Turn = tuple[Tensor, Tensor] | tuple[None, None]
+"""Cosines and sines, or none where the layout turns heads itself."""
 
 
 def embedding(config: DecoderConfig) -> nn.Embedding:
@@ -262,7 +268,9 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
         """Hidden states `[T, D]` of packed `tokens` `[T]` (or of their embeddings `[T, D]`), after the final norm."""
         layout = self._seen(layout, role)
-        turn = self._turn(layout)
+        turn: Turn = self._turn(layout)
+        if (turning := getattr(layout, "turning", None)) is not None and (own := turning(*turn, self.config)) is not None:
+            layout, turn = own, (None, None)
         x = self.embed(tokens) if tokens.dim() == 1 else tokens
         for i, layer in enumerate(self.layers):
             given = (x, layout, turn, role, self.compile_layers and torch.is_grad_enabled())

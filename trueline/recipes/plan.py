@@ -155,8 +155,8 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         fixed = Peak(weights=sum(roles.values()), states=sum(optimizer.memory()[1] for optimizer in optimizers))
         scoring, *learning, read = (fake_batch(batch, mode, device) for batch in packed)
         steps, several = list(zip(learning, counts[1:-1], strict=True)), len(learning) > 1 or config.ppo.ptx_coefficient > 0
-        both = {"policy": (model, learning[0]), "critic": (critic, learning[0])}
-        said = _recompute(config, both, optimizers, free, fixed.weights, several)
+        modules = {"policy": (model, learning[0]), "critic": (critic, learning[0])}
+        said = _recompute(config, modules, optimizers, free, fixed.weights, several)
         added = {
             "generate": _generating(config, decoder, sizes[0] - new, len(rollouts), packs, free) + rehearse_pass(model, read, 1),
             "score": max((rehearse_pass(m, scoring, counts[0]) for m in (model, critic)), key=lambda peak: peak.total),

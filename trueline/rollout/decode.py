@@ -59,6 +59,29 @@ def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] |
     return usable("trueline.rollout.decode_kernel", "split_attention", right)
 
 
+def turning_kernel_for(q: Tensor) -> Callable[..., Tensor] | None:
+    """`turn_kernel.turn_and_store` where it takes `q`."""
+    return _turning_kernel(q.device, q.dtype) if q.is_cuda and q.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+
+
+@cache
+def _turning_kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """Tried on a few numbers: by a quarter turn the first of two becomes the second."""
+
+    def right(kernel: Callable[..., Tensor]) -> bool:
+        q = torch.linspace(-1, 1, 2 * 4 * 8, dtype=dtype, device=device).view(2, 4, 8)
+        k, v, columns = q[:, :1], q[:, 1:2], torch.tensor([2, 0], device=device)
+        keys, values = (torch.zeros(3, 1, 4, 8, dtype=dtype, device=device) for _ in range(2))
+        turned = kernel(q, k, v, torch.zeros_like(q[:, :1, :2]), torch.ones_like(q[:, :1, :2]), keys, values, columns, True)
+        expected = torch.stack((-q[..., 1:4:2], q[..., 0:4:2]), -1).flatten(-2)
+        rows = torch.arange(2, device=device)
+        same = [torch.equal(turned[..., :4], expected), torch.equal(turned[..., 4:], q[..., 4:])]
+        same += [torch.equal(keys[rows, :, columns], turned[:, :1]), torch.equal(values[rows, :, columns], v)]
+        return all(same) and int(keys.count_nonzero()) <= 16
+
+    return usable("trueline.rollout.turn_kernel", "turn_and_store", right)
+
+
 def splits_for(programs: int, columns: int) -> int:
     """Splits of the past, a power of two that depends on shapes only: enough to keep the device busy, none below 64 columns."""
     splits = 1

@@ -4,7 +4,7 @@ Slots are read as views; pages are gathered, one layer at a time, unless a kerne
 neither: it is read where the model has it, once for all requests.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ from trueline.errors import RunError
 from trueline.model.attention import attend_past, decode_attention, decode_prefixed
 from trueline.model.decoder import DecoderConfig
 from trueline.model.layout import Packed, block_positions, count_up
-from trueline.rollout.decode import cached_attention, kernel_for
+from trueline.rollout.decode import cached_attention, kernel_for, turning_kernel_for
 
 AHEAD = 64  # columns reserved ahead, at least: growing copies
 PAGE = 16  # tokens; half of it is what a request leaves unused on average
@@ -261,6 +261,8 @@ class Decode:
     # by window: [N, G, 1, prefix and columns read], minus infinity where a request's newest token does not look; none for a kernel
     masks: dict[int | None, Tensor]
     longest: int  # columns read
+    turn: tuple[Tensor, Tensor] | None = None  # cosines and sines `[N, 1, pairs]` where heads are turned as they are stored
+    interleaved: bool = False
 
     @staticmethod
     def of(index: Tensor, longest: int, memory: Memory, windows: set[int | None], front: int = 0, places: Tensor | None = None) -> "Decode":
@@ -279,8 +281,17 @@ class Decode:
             masks[window] = mask[:, None, None].expand(-1, memory.keys.shape[2], -1, -1).contiguous()
         return Decode(positions, memory, torch.arange(len(index), device=device), index, (index + 1).int(), masks, longest)
 
+    def turning(self, cos: Tensor, sin: Tensor, config: DecoderConfig) -> "Decode | None":
+        """This layout for heads that are not turned yet, where a kernel turns and stores them at once."""
+        if self.masks or self.memory.table is not None or config.rope_rows or turning_kernel_for(self.memory.keys) is None:
+            return None
+        return replace(self, turn=(cos, sin), interleaved=config.rope == "interleaved")
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
-        self.memory.write(layer, self.rows, self.columns, k, v)
+        if self.turn is not None and (kernel := turning_kernel_for(q)) is not None:
+            q = kernel(q, k, v, *self.turn, self.memory.keys[layer], self.memory.values[layer], self.columns, self.interleaved)
+        else:
+            self.memory.write(layer, self.rows, self.columns, k, v)
         if not self.masks:
             return cached_attention(q, self.memory.keys[layer], self.memory.values[layer], self.lengths, window, self.memory.table)
         return decode_attention(q, *self.memory.past(len(q), self.longest, layer), self.masks[window])
