@@ -183,7 +183,7 @@ def runs(kernel: Callable[..., Tensor], device: torch.device, share: int) -> boo
         except (RuntimeError, ValueError):
             return False
         # the first token sees itself, the second both: to the gradient of v 1.5 and 0.5 from each head
-        slopes = torch.tensor([1.5, 0.5], device=device)[:, None, None].mul(share).expand_as(v)
+        slopes = torch.tensor([1.5, 0.5], dtype=torch.float32, device=device)[:, None, None].mul(share).expand_as(v)
         return torch.allclose(out, v.repeat_interleave(share, dim=1), rtol=1e-2) and torch.allclose(v.grad.float(), slopes, rtol=1e-2)  # type: ignore[union-attr]
 
 

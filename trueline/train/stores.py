@@ -78,12 +78,12 @@ def update_kernel(device: torch.device) -> Callable[..., None] | None:
     """A whole update of `Bfloat16` in one pass, where Triton and a CUDA device are; tried on some weights."""
 
     def right(kernel: Callable[..., None]) -> bool:
-        before = torch.linspace(-2, 2, 1000, device=device)
-        means, squares, gradient = before / 8, before.square() / 64, before.flip(0)
-        wide, steps = [x.clone() for x in (before, means, squares)], torch.tensor(2.0)
+        start = torch.linspace(-2, 2, 1000, dtype=torch.float32, device=device)
+        gradient, steps = start.flip(0), torch.tensor(2.0, dtype=torch.float32)
+        found = [x.bfloat16() for x in (start, start / 8, start.square() / 64)]
+        wide = [x.float() for x in found]
         lists: Any = wide[:1], [gradient], wide[1:2], wide[2:], [], [steps]
         adamw(*lists, beta1=0.9, beta2=0.99, amsgrad=False, maximize=False, lr=0.01, eps=1e-8, weight_decay=0.1)
-        found = [x.bfloat16() for x in (before, means, squares)]
         kernel(found[0], gradient, *found[1:], None, seed=2**62, step=3, lr=0.01, decay=0.1, betas=(0.9, 0.99), eps=1e-8)
         return all(torch.allclose(x.float(), y, rtol=0.01, atol=1e-4) for x, y in zip(found, wide, strict=True))
 
