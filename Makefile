@@ -8,8 +8,6 @@ CANDIDATES := $(PYTHON) python3.11 python3.12 python3.13 python3
 USABLE := import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 FIND_PYTHON = for p in $(CANDIDATES); do if $$p -c "$(USABLE)" > /dev/null 2>&1; then echo $$p; break; fi; done
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-# bench/gpu_*.py wants a GPU to itself: run it by hand
-MEASUREMENTS = $(sort $(filter-out bench/gpu_%,$(wildcard bench/*.py)))
 PEERS := .venv-peers .venv-peers-ppo .venv-peers-lf .venv-peers-lf-ppo
 
 .DEFAULT_GOAL := help
@@ -53,9 +51,17 @@ frozen: $(READY) ## rewrite what the structure tests hold frozen: tests/structur
 parity: $(READY) ## run the parity tests and write docs/parity.md from what they measured
 	$(ONE_THREAD) $(BIN)/python -m tests.parity.page
 
-bench: $(READY) ## measure trueline; JSON lines
-	@test -n "$(MEASUREMENTS)" || { echo "no measurements in bench/" >&2; exit 1; }
-	@set -e; for file in $(MEASUREMENTS); do echo "# $$file" >&2; $(BIN)/python $$file; done
+# few rounds, so that all of it takes minutes: a figure that is quoted comes from the script itself. bench/gpu_*.py want a GPU to themselves
+bench: $(READY) ## measure trueline in some minutes; JSON lines
+	$(BIN)/python bench/startup.py --rounds 3
+	$(BIN)/python bench/check.py --records 100000
+	$(BIN)/python bench/cache.py --sizes 1000,10000
+	$(BIN)/python bench/growth.py --rounds 1
+	$(BIN)/python bench/loss.py --rounds 1 --hidden 64
+	$(BIN)/python bench/prefix.py --rounds 2 --case "long prompts"
+	$(BIN)/python bench/packing.py --rounds 1 --batches 8
+	$(BIN)/python bench/train.py --rounds 1
+	$(BIN)/python bench/rollout.py --rounds 1 --models qwen2 --cases 0 2
 
 bench-peers: $(READY) ## measure trueline beside TRL, transformers and LLaMA-Factory; JSON lines and a table (ARGS=--write puts it into the docs)
 	-$(MAKE) --keep-going $(PEERS:=/.ready)

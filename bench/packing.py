@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--data", help="records whose lengths to use; needs --model")
     parser.add_argument("--model", help="folder with config.json and tokenizer files, for their template")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16], help="records at a time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     if bool(arguments.data) != bool(arguments.model):
@@ -222,7 +223,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     rows = []
-    for batch in (8, 16):
+    for batch in arguments.batches:
         count = batch * STEPS
         samples = file_samples(arguments.data, arguments.model, count) if arguments.data else drawn_samples(count)
         name = os.path.splitext(os.path.basename(arguments.data))[0] if arguments.data else "cvalues lengths"
