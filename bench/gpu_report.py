@@ -1,6 +1,6 @@
 """What the benchmarks for a GPU share: sections with a time of their own, one JSON line for each reading, a table, and the model.
 
-One rule: a section that fails, runs out of memory or out of time says so and leaves the others theirs.
+One rule: a section that fails, runs out of memory or out of time says so and leaves the others theirs. Import `gpu_settings` first.
 """
 
 import argparse
@@ -31,8 +31,7 @@ SMALL = DecoderConfig(
 )
 MATRIX_RATE, COPY_RATE = 788e12, 4.3e12  # an H200's bfloat16 products of random data, and copies, as once measured; floors are from these
 PEAK_RATE = 989e12  # the data sheet's, which model FLOP utilisation is quoted against
-
-
+AGAIN = 5.0  # seconds from one Cut to the next
 OUT_OF_MEMORY = (torch.OutOfMemoryError, OutOfMemory)
 
 
@@ -48,6 +47,7 @@ class Report:
         self.device = torch.device(arguments.device)
         self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.config = SMALL if self.small else GLM4
+        self.machine = torch.cuda.get_device_name(self.device) if self.on_gpu else platform.processor() or "cpu"
         self.began = time.monotonic()
         self.rows: list[dict[str, object]] = []
         self.failed: list[str] = []
@@ -66,15 +66,16 @@ class Report:
                     row |= {kind: bound, f"{kind}_met": value is not None and _meets(value, bound)}
         self.rows.append(row | more)
         model = "glm-4-9b, random weights" if not self.small else "small, random weights"
-        print(json.dumps(row | more | {"model": model, "device": self.name(), "load": os.getloadavg()[0]}), flush=True)
-
-    def name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.on_gpu else platform.processor() or "cpu"
+        print(json.dumps(row | more | {"model": model, "device": self.machine, "load": os.getloadavg()[0]}), flush=True)
 
     def run(self, sections: list[tuple[str, float, Callable[["Report"], None]]]) -> int:
-        """Every section in turn -> exit status, 1 when one failed."""
+        """Every section in turn -> exit status, 1 when one failed. After an error that the device does not recover from all are skipped."""
+        lost = False
         for name, seconds, section in sections:
             self.section_name = name
+            if lost:
+                self.read("skipped: the device failed before", None, "")
+                continue
             left = self.seconds - (time.monotonic() - self.began)
             began = time.monotonic()
             try:
@@ -91,12 +92,18 @@ class Report:
                 self.failed.append(name)
                 self.read("failed", None, "", error=f"{type(error).__name__}: {error}"[:300])
             self.read("section", time.monotonic() - began, "s", budget=seconds)
-            self.clean()
+            try:
+                self.clean()
+            except RuntimeError as error:
+                lost = True
+                self.failed.append(name)
+                self.read("the device failed", None, "", error=f"{type(error).__name__}: {error}"[:300])
         self.table()
         return 1 if self.failed else 0
 
     def clean(self) -> None:
         gc.collect()
+        self.synchronize()
         if self.on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -109,7 +116,8 @@ class Report:
             met = ["" if kind not in row else "yes" if row[f"{kind}_met"] else "NO" for kind in ("must", "goal")]
             print(
                 f"{row['section']:14}{row['name']:58}{value:>14} {row['unit']:12}{row.get('must', ''):>12} {met[0]:5}"
-                f"{row.get('goal', ''):>12} {met[1]}"
+                f"{row.get('goal', ''):>12} {met[1]}",
+                flush=True,
             )
 
     def synchronize(self) -> None:
@@ -156,11 +164,11 @@ class Report:
 def environment(report: Report) -> None:
     """Versions, and the two ceilings that floors are counted from."""
     versions = {"torch": torch.__version__, "python": platform.python_version(), "cuda": torch.version.cuda or ""}
-    rows, columns, inner = (8192, 8192, 8192) if report.on_gpu else (256, 256, 256)
+    rows, columns, inner = (8192, 8192, 8192) if not report.small else (256, 256, 256)
     a, b = (torch.randn(n, m, dtype=report.dtype, device=report.device) for n, m in ((rows, inner), (inner, columns)))
     spent = report.timed(lambda: a @ b, rounds=10, warm=3)
     report.read("matrix product", 2 * rows * columns * inner / spent["s_median"] / 1e12, "TFLOP/s", **spent, **versions)
-    source = torch.randn(2**30 if report.on_gpu else 2**20, dtype=report.dtype, device=report.device)
+    source = torch.randn(2**30 if not report.small else 2**20, dtype=report.dtype, device=report.device)
     target = torch.empty_like(source)
     spent = report.timed(lambda: target.copy_(source), rounds=10, warm=3)
     report.read("copy, read and written", 2 * source.nbytes / spent["s_median"] / 1e12, "TB/s", **spent)
@@ -192,7 +200,6 @@ def arguments_of(description: str | None, name: str) -> argparse.Namespace:
 
 
 def main(bench: str, description: str | None, seconds: float, sections: list[tuple[str, float, Callable[[Report], None]]]) -> None:
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     arguments = arguments_of(description, f"bench/{bench}.py")
     chosen = [section for section in sections if not arguments.only or section[0] in arguments.only]
     sys.exit(Report(bench, arguments, seconds).run(chosen))
@@ -200,13 +207,16 @@ def main(bench: str, description: str | None, seconds: float, sections: list[tup
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raises Cut in here after so many seconds; a kernel that is running is waited for."""
+    """Raises Cut in here after so many seconds; a kernel that is running is waited for.
+
+    And again every few seconds until it is heard: a finalizer that runs at that moment swallows whatever is raised in it.
+    """
 
     def cut(number: int, frame: object) -> None:
         raise Cut
 
     before = signal.signal(signal.SIGALRM, cut)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
     try:
         yield
     finally:

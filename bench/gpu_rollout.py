@@ -8,28 +8,38 @@ table at the end with the targets beside what was read. NEVER RUN ON A GPU YET: 
 
 import importlib
 import importlib.util
+import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
+from itertools import pairwise
 
+import gpu_settings  # noqa: F401 - first of what is imported
 import torch
 from gpu_report import COPY_RATE, MATRIX_RATE, OUT_OF_MEMORY, Report, environment, main, matmul_parameters
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trueline.data.sample import Sample
 from trueline.model.batch import pack
 from trueline.model.heads import LanguageModel
 from trueline.rollout.decode import cached_attention, kernel_for, plain_attention
 from trueline.rollout.engine import Engine
-from trueline.rollout.graphs import graphs_for
+from trueline.rollout.graphs import PATIENCE, CudaGraph, graphs_for
+from trueline.rollout.memory import Memory
 from trueline.rollout.sampling import Rollout, Sampling
 
 EQUAL = 2e-2  # relative, bfloat16 beside float32
 MUST = {1: (">= 165", ">= 195"), 32: (">= 4000", ">= 5100"), 256: (">= 15600", ">= 20300")}
 
 
+@torch.inference_mode()
 def kernel(report: Report) -> None:
-    """One layer's attention of new tokens to 1,024 and 4,096 stored ones: the kernel beside plain PyTorch, in slots and in pages."""
+    """One layer's attention of new tokens to 1,024 and 4,096 stored ones: the kernel beside plain PyTorch, in slots and in pages.
+
+    What is timed is a recording, as in generation: launched from Python, small batches would show what launching takes.
+    """
     config, device = report.config, report.device
     groups, size = config.num_kv_heads, config.head_dim
     batches, lengths = ((1, 32, 128, 256), (1024, 4096)) if not report.small else ((1, 4), (40,))
@@ -39,7 +49,7 @@ def kernel(report: Report) -> None:
         for batch in batches:
             q = torch.randn(batch, config.num_heads, size, dtype=report.dtype, device=device)
             # so many layers that their keys and values do not stay in the cache from one run to the next
-            layers = max(2, -(-(2**28) // (4 * batch * groups * length * size))) if report.on_gpu else 2
+            layers = max(2, -(-(2**28) // (4 * batch * groups * length * size))) if not report.small else 2
             shape = (layers, batch, groups, length, size)
             keys, values = (torch.randn(shape, dtype=report.dtype, device=device) for _ in range(2))
             counts = torch.randint(1, length + 1, (batch,), generator=torch.Generator().manual_seed(0)).int()
@@ -52,8 +62,12 @@ def kernel(report: Report) -> None:
             report.read(f"gap to float32, batch {batch}, {length}", max(gaps), "relative", must=f"<= {EQUAL}", gaps=gaps)
             sides: list[tuple[str, Callable[..., Tensor]]] = [("kernel", cached_attention)] if there else []
             for name, side in [*sides, ("plain", plain_attention)]:
-
-                spent = report.timed(partial(_every_layer, side, q, keys, values, torch.full_like(counts, length)), rounds=5, warm=2)
+                run = partial(_every_layer, side, q, keys, values, torch.full_like(counts, length))
+                try:
+                    spent = report.timed(CudaGraph(run, (), None).replay if report.on_gpu else run, rounds=5, warm=2)
+                except RuntimeError as error:
+                    report.read(f"{name}, batch {batch}, {length}: cannot be recorded", None, "GB/s", error=str(error)[:300])
+                    continue
                 rate = (keys.nbytes + values.nbytes) / spent["s_median"]
                 report.read(f"{name}, batch {batch}, {length}", rate / 1e9, "GB/s", **spent, layers=layers, ratio=rate / COPY_RATE)
 
@@ -81,6 +95,23 @@ def _paged(keys: Tensor, values: Tensor, size: int = 16) -> tuple[list[Tensor], 
     return stored, order.view(rows, most).int()
 
 
+class MarkedEngine(Engine):
+    """Notes when each step without prompts begins, and of how many requests it is: the step before it has been waited for by then."""
+
+    def __init__(self, model: LanguageModel, running: int):
+        super().__init__(model, running)
+        self.marks: list[tuple[int, float]] = []
+
+    def _replay(self, memory: Memory, longest: int, *inputs: Tensor) -> Tensor:
+        self.marks.append((len(inputs[0]), time.perf_counter()))
+        return super()._replay(memory, longest, *inputs)
+
+
+def steps_of(marks: list[tuple[int, float]], rows: int) -> list[float]:
+    """Seconds of each step of so many requests that another such step follows."""
+    return [end - start for (count, start), (after, end) in pairwise(marks) if count == after == rows]
+
+
 def answers(report: Report, engine: Engine, prompts: list[list[int]], new: int) -> tuple[list[Rollout], float]:
     """Greedy answers of `new` tokens, and the seconds they took."""
     report.synchronize()
@@ -93,31 +124,42 @@ def answers(report: Report, engine: Engine, prompts: list[list[int]], new: int) 
 def decode(report: Report) -> None:
     """Tokens a second by batch after prompts of 1,024, prompts a second, and what graphs change.
 
-    A step is what a longer answer takes more, so prompts and recordings, which both answers pay for, do not count.
+    Steps of the whole batch are timed one by one and their median counts: one in which a graph is recorded is none of the middle. Prompts
+    are timed up to the first step without any. A call before compiles and records.
     """
-    model = LanguageModel(report.decoder())
-    length, new = (1024, 32) if not report.small else (24, 16)
+    config, model = report.config, LanguageModel(report.decoder())
+    length, new = (1024, 64) if not report.small else (24, 16)
     _compile(report)
-    kinds = [("with graphs", graphs_for(model.decoder)), ("without", None)]
-    kinds = [kind for kind in kinds if kind[0] == "without" or kind[1] is not None]
+    recorder = graphs_for(model.decoder)
+    kinds = [None] if recorder is None else [recorder, None]
     for batch in (1, 32, 256, 128) if not report.small else (1, 3):
         prompts = report.tokens(batch, length).tolist()
-        engine = Engine(model, batch)
+        engine = MarkedEngine(model, batch)
         seen: list[list[Rollout]] = []
-        for name, graphs in kinds:
+        for graphs in kinds:
             engine.graphs = graphs
             with engine.hold():
-                _, half = answers(report, engine, prompts, new)
-                found, whole = answers(report, engine, prompts, 2 * new)
-            seen.append(found)
-            step = (whole - half) / new
-            weights = 2 * matmul_parameters(report.config)
-            stored = batch * (length + 1.5 * new) * 4 * report.config.num_layers * report.config.num_kv_heads * report.config.head_dim
+                if not seen:
+                    _, warm = answers(report, engine, prompts, new)
+                engine.marks.clear()
+                began = time.perf_counter()
+                found, seconds = answers(report, engine, prompts, new)
+            steps = steps_of(engine.marks, batch)
+            step = statistics.median(steps)
+            recorded = {} if graphs is None else {"recordings": len(graphs.recordings), "off": graphs.off}
+            name = "without graphs" if graphs is None else "with graphs" if recorded["recordings"] and not graphs.off else "graphs not used"
+            weights = 2 * matmul_parameters(config)
+            stored = batch * (length + new / 2) * 4 * config.num_layers * config.num_kv_heads * config.head_dim
             floor = max(weights / COPY_RATE, weights * batch / MATRIX_RATE) + stored / COPY_RATE
-            must, goal = MUST.get(batch, ("", "")) if name == "with graphs" else ("", "")
-            report.read(f"decode {name}, batch {batch}", batch / step, "tokens/s", must, goal, s_step=step, floor_ratio=floor / step)
-            if name == kinds[0][0]:
-                report.read(f"prompts, batch {batch}", batch * length / (half - new * step), "tokens/s", **report.memory())
+            must, goal = MUST.get(batch, ("", "")) if not seen else ("", "")
+            report.read(
+                f"decode {name}, batch {batch}", batch / step, "tokens/s", must, goal, s_step=step, s_min=min(steps), s_max=max(steps),
+                n=len(steps), floor_ratio=floor / step, seconds=seconds, **recorded,
+            )  # fmt: skip
+            if not seen:
+                read = engine.marks[0][1] - began
+                report.read(f"prompts, batch {batch}", batch * length / read, "tokens/s", seconds=read, warm_up=warm, **report.memory())
+            seen.append(found)
         gap = _logprob_gap(model, seen[0][:8], report)
         report.read(f"log-probabilities, generated and scored, batch {batch}", gap, "mean abs", "<= 0.01", "<= 0.003")
         if len(seen) > 1:
@@ -145,34 +187,45 @@ def _logprob_gap(model: LanguageModel, rollouts: list[Rollout], report: Report) 
 
 
 def hand_over(report: Report) -> None:
-    """From a weight update in place to the next generated token: the weights are shared, so there is nothing to move."""
+    """From a weight update in place to the next generated token: the weights are shared, so there is nothing to move or to record again.
+
+    All calls are of the same lengths, so that the same memory serves them, and what a call takes without an update is taken off.
+    """
     model = LanguageModel(report.decoder())
     engine = Engine(model, 1)
-    prompt = report.tokens(1, 16).tolist()
+    prompt, new = report.tokens(1, 512 if not report.small else 16).tolist(), PATIENCE + 2  # the first call's last step is recorded
     with engine.hold():
-        answers(report, engine, prompt, 3)
-        _, warm = answers(report, engine, prompt, 2)
-    spent = []
+        answers(report, engine, prompt, new)
+        _, warm = answers(report, engine, prompt, new)
+    spent: list[float] = []
+    recorded: list[int] = []
     for _ in range(3):
+        kept = dict(engine.graphs.recordings) if engine.graphs else {}
         with torch.no_grad():
             for parameter in model.decoder.parameters():
                 parameter.mul_(1.0)
         report.synchronize()
         began = time.perf_counter()
         with engine.hold():
-            answers(report, engine, prompt, 2)
+            answers(report, engine, prompt, new)
         spent.append(time.perf_counter() - began - warm)
+        recorded.append(sum(kept.get(size) is not made for size, made in engine.graphs.recordings.items()) if engine.graphs else 0)
     report.read("from update to generation", max(*spent, 0.0), "s", "<= 0.5", "<= 0.1", each=spent, warm=warm)
+    off = {"off": engine.graphs.off, "recordings": len(engine.graphs.recordings)} if engine.graphs else {}
+    report.read("recordings made after an update, most", float(max(recorded)), "", goal="<= 0", each=recorded, **off)
 
 
 def mixed(report: Report) -> None:
-    """256 prompts of 100 to 1,024 tokens; answers stop by themselves after about 560 on average, 1,024 at most."""
+    """256 prompts of 100 to 1,024 tokens; answers stop by themselves, at 1,024 tokens at the latest, after 562 on average.
+
+    That is the mean of answers of 100 to 1,024, of which the targets are: of a token in 760 that stops, 760 (1 - exp(-1024 / 760)).
+    """
     model = LanguageModel(report.decoder())
     vocabulary, count, most = report.config.vocab_size, 256 if not report.small else 6, 1024 if not report.small else 12
     least, longest = (100, 1024) if not report.small else (2, 9)
     lengths = torch.randint(least, longest + 1, (count,), generator=torch.Generator().manual_seed(1)).tolist()
     prompts = [report.tokens(n, seed=i).tolist() for i, n in enumerate(lengths)]
-    stops = frozenset(range(0, vocabulary, 560 if not report.small else 8))
+    stops = frozenset(range(0, vocabulary, 760 if not report.small else 8))
     engine = Engine(model, count)
     with engine.hold():
         report.synchronize()
@@ -188,7 +241,11 @@ def mixed(report: Report) -> None:
 
 
 def theirs(report: Report) -> None:
-    """transformers' generate on a model of the same sizes, prompts of one length, where it is installed."""
+    """transformers' generate on a model of the same sizes, prompts of one length, where it is installed: medians of its steps.
+
+    As it is, and without cuDNN's attention, which is planned anew for every length that keys and values grow to; the better one is the
+    peer.
+    """
     if importlib.util.find_spec("transformers") is None:
         report.read("transformers is not installed", None, "")
         return
@@ -207,25 +264,41 @@ def theirs(report: Report) -> None:
             model = transformers.GlmForCausalLM(sizes).eval()
     finally:
         torch.set_default_dtype(before)
-    length, new = (1024, 17) if not report.small else (24, 5)
+    length, new = (1024, 12) if not report.small else (24, 5)
+
+    def generate(prompts: Tensor, new: int) -> list[float]:
+        """Seconds of each step after the prompts'."""
+        marks: list[float] = []
+
+        def mark(tokens: Tensor, logits: Tensor) -> Tensor:
+            report.synchronize()
+            marks.append(time.perf_counter())
+            return logits
+
+        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        processors = transformers.LogitsProcessorList([mark])
+        with torch.inference_mode():
+            model.generate(prompts, attention_mask=torch.ones_like(prompts), logits_processor=processors, **settings)
+        return [end - start for start, end in pairwise(marks)]
+
+    generate(report.tokens(1, length).to(report.device), 2)
+    others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     for batch in (1, 32, 128) if not report.small else (2,):
         prompts = report.tokens(batch, length).to(report.device)
-
-        def generate(count: int, prompts: Tensor = prompts) -> float:
-            report.synchronize()
-            began = time.perf_counter()
-            settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-            with torch.inference_mode():
-                model.generate(prompts, attention_mask=torch.ones_like(prompts), **settings)
-            report.synchronize()
-            return time.perf_counter() - began
-
-        try:
-            generate(2)
-            step = (generate(new) - generate(1)) / (new - 1)
-            report.read(f"transformers generate, batch {batch}", batch / step, "tokens/s", s_step=step, version=transformers.__version__)
-        except OUT_OF_MEMORY as error:
-            report.read(f"transformers generate, batch {batch}: out of memory", None, "tokens/s", error=str(error).splitlines()[0])
+        rates = []
+        for way, backends in (("as it is", None), ("without cuDNN's attention", others)):
+            name = f"transformers generate, batch {batch}, {way}"
+            try:
+                with nullcontext() if backends is None else sdpa_kernel(backends):
+                    steps = generate(prompts, new)
+            except OUT_OF_MEMORY as error:
+                report.read(f"{name}: out of memory", None, "tokens/s", error=str(error).splitlines()[0])
+                continue
+            step = statistics.median(steps)
+            rates.append(batch / step)
+            spent = {"s_step": step, "s_min": min(steps), "s_max": max(steps), "n": len(steps)}
+            report.read(name, rates[-1], "tokens/s", **spent, version=transformers.__version__)
+        report.read(f"transformers generate, batch {batch}, the better one", max(rates, default=None), "tokens/s")
 
 
 SECTIONS = [

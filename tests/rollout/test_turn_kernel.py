@@ -1,4 +1,4 @@
-"""Turning and storing in one launch, in Triton's interpreter: the bits of the plain way in float32; compiled for a GPU that is not there."""
+"""Turning and storing in one launch, in Triton's interpreter: in float32 the plain way's bits; compiled for a GPU that is not there."""
 
 import importlib.util
 import os

@@ -54,7 +54,7 @@ class Batch:
     def sequence(self) -> Tensor:
         """Index of the sequence each token belongs to `[T]` int64."""
         lengths = torch.tensor(self.lengths, device=self.tokens.device)
-        return torch.arange(len(self.lengths), device=self.tokens.device).repeat_interleave(lengths)
+        return torch.arange(len(self.lengths), device=self.tokens.device).repeat_interleave(lengths, output_size=len(self.tokens))
 
     def per_sequence(self, x: Tensor) -> Tensor:
         """Sum of `x` `[T]` over the trained tokens of each sequence `[N]`, in `x`'s dtype."""

@@ -31,8 +31,9 @@ class Layout(Protocol):
 
 def count_up(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
     """Index of each token in its own sequence `[T]` int64, for sequences laid end to end."""
-    starts = torch.tensor([0, *accumulate(lengths)][:-1], device=device)
-    return torch.arange(sum(lengths), device=device) - starts.repeat_interleave(torch.tensor(lengths, device=device))
+    starts, total = torch.tensor([0, *accumulate(lengths)][:-1], device=device), sum(lengths)
+    # a device that has to say how many come out is waited for
+    return torch.arange(total, device=device) - starts.repeat_interleave(torch.tensor(lengths, device=device), output_size=total)
 
 
 def places_of(contexts: list[int], anchors: list[int | None], device: torch.device | str) -> Tensor:

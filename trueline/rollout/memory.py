@@ -231,7 +231,7 @@ class Prefill:
         lengths: list[int], rows: list[int], memory: Memory, contexts: list[int] | None = None, anchors: list[int | None] | None = None
     ) -> "Prefill":
         device = memory.keys.device
-        of_token = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(lengths, device=device))
+        of_token = torch.tensor(rows, device=device).repeat_interleave(torch.tensor(lengths, device=device), output_size=sum(lengths))
         return Prefill(Packed.of(lengths, contexts, device, anchors), memory, of_token, count_up(lengths, device))
 
     @property
