@@ -27,20 +27,24 @@ def kernel():
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rope", ["half", "interleaved"])
-@pytest.mark.parametrize(("size", "turned"), [(16, None), (16, 8), (20, None), (20, 12)])
+@pytest.mark.parametrize(
+    ("size", "turned", "rope", "dtype"),
+    [
+        (16, None, "half", torch.float32), (20, 12, "half", torch.float32), (20, None, "interleaved", torch.float32),
+        (16, 8, "interleaved", torch.float32), (16, 8, "interleaved", torch.bfloat16), (20, 12, "half", torch.bfloat16),
+    ],
+)  # fmt: skip
 def test_it_turns_and_stores(kernel, size, turned, rope, dtype):
-    config = DecoderConfig(**SIZES, num_heads=6, num_kv_heads=2, head_dim=size, rope=rope, rope_dim=turned)
+    config = DecoderConfig(**SIZES, num_heads=3, num_kv_heads=2, head_dim=size, rope=rope, rope_dim=turned)
     draw = torch.Generator().manual_seed(0)
     # queries, keys and values as parts of one tensor, as a fused product makes them
-    q, k, v = torch.randn(5, 10, size, generator=draw).to(dtype).split((6, 2, 2), 1)
-    columns = torch.tensor([0, 7, 3, 3, 11])
+    q, k, v = torch.randn(3, 7, size, generator=draw).to(dtype).split((3, 2, 2), 1)
+    columns = torch.tensor([0, 7, 11])
     cos, sin = (x.to(dtype) for x in rotation(columns, config))
     plain, stored = (Slots(config, dtype, torch.device("cpu")) for _ in range(2))
     for memory in (plain, stored):
         memory.reserve(8, [12], 12)
-    plain.write(1, torch.arange(5), columns, rotate(k, cos, sin, config), v)
+    plain.write(1, torch.arange(3), columns, rotate(k, cos, sin, config), v)
     found = kernel(q, k, v, cos, sin, stored.keys[1], stored.values[1], columns, rope == "interleaved")
     # the interpreter cuts float32 to bfloat16 off, where a device rounds
     units = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 0, "atol": 0}
@@ -50,7 +54,7 @@ def test_it_turns_and_stores(kernel, size, turned, rope, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("choices", [{}, {"rope": "interleaved", "rope_dim": 2}, {"windows": (5, None)}, {"qk_norm": True}])
+@pytest.mark.parametrize("choices", [{"windows": (5, None)}, {"rope": "interleaved", "rope_dim": 2, "qk_norm": True}])
 def test_answers_are_those_without_it(kernel, monkeypatch, choices):
     decoder = Decoder(DecoderConfig(**SIZES, num_heads=4, num_kv_heads=2, head_dim=4, init_std=0.4, **choices))
     init_weights(decoder, torch.Generator().manual_seed(0))
@@ -75,7 +79,7 @@ def test_answers_are_those_without_it(kernel, monkeypatch, choices):
         engine = Engine(LanguageModel(decoder), 3, packed=False)
         engine.graphs = Graphs(Held)
         with engine.hold():
-            found = engine.generate([[3, 1, 4], [1], list(range(17)), [8, 9]], Sampling(8, temperature=0), [0] * 4)
+            found = engine.generate([[3, 1, 4], [1], list(range(17)), [8, 9]], Sampling(5, temperature=0), [0] * 4)
         answers.append([(a.tokens, a.logprobs) for a in found])
     assert answers[0] == answers[1]
     assert set(calls) >= {1, 3}
