@@ -62,7 +62,12 @@ def test_every_section_runs_and_finds_equal_numbers(bench, sections):
 
 
 @pytest.mark.parametrize(
-    ("bench", "sections"), [("gpu_train", ["environment", "lora_speed"]), ("gpu_rollout", ["environment", "hand_over"])]
+    ("bench", "sections"),
+    [
+        ("gpu_train", ["environment", "attention"]),
+        pytest.param("gpu_train", ["environment", "lora_speed"], marks=pytest.mark.slow),
+        pytest.param("gpu_rollout", ["environment", "hand_over"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkout_runs_without_pydantic_and_without_being_installed(bench, sections, tmp_path):
     (tmp_path / "bare.py").write_text(BARE)

@@ -178,8 +178,13 @@ def test_the_kernel_compiles_for_hopper(tmp_path):
 
 
 @needs_triton
-@pytest.mark.parametrize("choices", [{}, {"windows": (5, None)}])
-@pytest.mark.parametrize("in_pages", [False, True])
+@pytest.mark.parametrize(
+    ("in_pages", "choices"),
+    [
+        (True, {}), (False, {"windows": (5, None)}), pytest.param(False, {}, marks=pytest.mark.slow),
+        pytest.param(True, {"windows": (5, None)}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_answers_by_the_kernel_are_those_without(kernel, monkeypatch, in_pages, choices):
     """Through the engine, its memory, its layouts and recordings, as on a CUDA device: here the kernel is the interpreter's."""
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "mlp_size": 24}

@@ -54,7 +54,9 @@ def test_it_turns_and_stores(kernel, size, turned, rope, dtype):
 
 
 @needs_triton
-@pytest.mark.parametrize("choices", [{"windows": (5, None)}, {"rope": "interleaved", "rope_dim": 2, "qk_norm": True}])
+@pytest.mark.parametrize(
+    "choices", [{"rope": "interleaved", "rope_dim": 2, "qk_norm": True}, pytest.param({"windows": (5, None)}, marks=pytest.mark.slow)]
+)
 def test_answers_are_those_without_it(kernel, monkeypatch, choices):
     decoder = Decoder(DecoderConfig(**SIZES, num_heads=4, num_kv_heads=2, head_dim=4, init_std=0.4, **choices))
     init_weights(decoder, torch.Generator().manual_seed(0))
