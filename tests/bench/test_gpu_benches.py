@@ -41,8 +41,10 @@ def load(name):
 @pytest.mark.parametrize(
     ("bench", "sections"),
     [
-        ("gpu_train", ["environment", "attention", "loss", "lora_memory", "lora_speed", "dpo", "full"]),
-        ("gpu_rollout", ["environment", "kernel", "decode", "hand_over", "mixed", "theirs"]),
+        ("gpu_train", ["environment", "attention", "lora_speed"]),
+        ("gpu_rollout", ["environment", "decode", "hand_over"]),
+        pytest.param("gpu_train", ["environment", "loss", "lora_memory", "dpo", "full"], marks=pytest.mark.slow),
+        pytest.param("gpu_rollout", ["environment", "kernel", "mixed", "theirs"], marks=pytest.mark.slow),
         pytest.param("gpu_train", ["compiled"], marks=pytest.mark.slow),
     ],
 )

@@ -56,6 +56,7 @@ def fork(work: Callable[[], int]) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
+        torch.set_num_threads(1)  # makes a thread pool in place of the parent's, which several threads at once may fail to do
         try:
             code = work()
         finally:
