@@ -56,7 +56,9 @@ def test_dtypes_stay(model: Path, dtype: torch.dtype, trueline: Commands, tmp_pa
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
 
 
-@pytest.mark.parametrize(("tensor", "data"), [(1, 1), (2, 1), (4, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("tensor", "data"), [(1, 1), (4, 1), (2, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((2, 1), (1, 3)))]
+)
 @pytest.mark.parametrize("model", ["qwen2", "glm"], indirect=True)
 def test_shards_and_copies(model: Path, tensor: int, data: int, trueline: Commands, tmp_path: Path) -> None:
     trueline("convert", model, tmp_path / "ranks", "--tensor-parallel", tensor, "--data-parallel", data).ok()

@@ -116,7 +116,7 @@ def test_the_peak_of_updates_inside_the_backward_pass(home: Path, toys: Toys, tm
         assert cut[0] == cut[1]
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in ("sft", "reward")), "dpo"])
 def test_tokens_that_are_only_read_are_counted(home: Path, toys: Toys, tmp_path: Path, stage: str) -> None:
     """Held-out records at every evaluation, and DPO's reference of all pairs."""
     given = [*settings(home, toys, stage, "qwen2", "full", "float32", "float32", "false"), "data.eval_fraction=0.25", "run.steps=5"]
