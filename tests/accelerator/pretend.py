@@ -19,6 +19,7 @@ for _name in ("now", "peak", "waits"):
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.library import Library  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode  # noqa: E402
 from torch.utils._pytree import tree_leaves, tree_map  # noqa: E402
 
@@ -178,7 +179,7 @@ def flash_backward(grad, query, key, value, out, total, cum_q, cum_k, max_q, max
     return tuple(torch.cat(parts).to(query.dtype) for parts in slopes)
 
 
-ATEN = torch.library.Library("aten", "IMPL")  # on copies that the device's fallback has made
+ATEN = Library("aten", "IMPL")  # on copies that the device's fallback has made
 ATEN.impl("_flash_attention_forward", flash_forward, "CPU")
 ATEN.impl("_flash_attention_backward", flash_backward, "CPU")
 

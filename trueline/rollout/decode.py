@@ -9,6 +9,7 @@ from torch import Tensor
 from trueline.model.attention import decode_attention
 from trueline.parallel.kernels import usable
 
+KINDS = (torch.float32, torch.bfloat16, torch.float16)  # what both kernels take
 PROGRAMS, MOST_SPLITS = 264, 64  # aimed at: two for each of an H100's or H200's 132 processors
 
 
@@ -43,7 +44,7 @@ def plain_attention(
 
 def kernel_for(q: Tensor) -> Callable[..., Tensor] | None:
     """The kernel that takes `q`, or None: it needs Triton and a CUDA device."""
-    return _kernel(q.device, q.dtype) if q.is_cuda and q.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+    return _kernel(q.device, q.dtype) if q.is_cuda and q.dtype in KINDS else None
 
 
 @cache
@@ -61,7 +62,7 @@ def _kernel(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] |
 
 def turning_kernel_for(q: Tensor) -> Callable[..., Tensor] | None:
     """`turn_kernel.turn_and_store` where it takes `q`."""
-    return _turning_kernel(q.device, q.dtype) if q.is_cuda and q.dtype in (torch.float32, torch.bfloat16, torch.float16) else None
+    return _turning_kernel(q.device, q.dtype) if q.is_cuda and q.dtype in KINDS else None
 
 
 @cache
