@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.model.test_rounding import CPU, neighbours, wide
 from trueline.config.schema import OptimizerConfig
 from trueline.data.sample import Sample
 from trueline.data.stream import key
@@ -14,29 +15,16 @@ from trueline.errors import UserError
 from trueline.model.batch import Batch, pack
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.model.heads import LanguageModel
+from trueline.model.rounding import draws
 from trueline.parallel.world import World
 from trueline.recipes.sft import count_tokens, sft_objective
 from trueline.train import optimizer as optimizer_module
 from trueline.train.optimizer import Optimizer, make_optimizer
 from trueline.train.step import train_step
-from trueline.train.stores import BLOCK, decode, draws, encode, join, levels, part, stochastic
+from trueline.train.stores import BLOCK, decode, encode, join, levels, part
 
 SIZES = DecoderConfig(vocab_size=48, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=48)
 NARROW = ("bfloat16", "int8")
-CPU = torch.device("cpu")
-
-
-def wide(n: int, seed: int = 0) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(n, generator=draw) * 10.0 ** torch.randint(-6, 3, (n,), generator=draw)
-
-
-def neighbours(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The bfloat16 numbers around float32 `x` on its own side of zero: the nearer to zero and the farther. From the format: 8 bits."""
-    exponent = np.floor(np.log2(np.abs(x.astype(np.float64))))
-    unit = 2.0 ** (exponent - 7)
-    low = np.floor(np.abs(x.astype(np.float64)) / unit) * unit
-    return np.sign(x) * low, np.sign(x) * (low + unit)
 
 
 def parted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,25 +49,6 @@ def test_nearest_and_residual_hold_every_bit() -> None:
     assert (found != x.to(torch.bfloat16)).sum() < 10  # only halves
 
 
-def test_stochastic_rounding_takes_a_neighbour_and_has_no_bias() -> None:
-    x, rounds = wide(200, seed=1), 4000
-    low, high = neighbours(x.numpy())
-    found = np.stack([stochastic(x, draws(5, step, 0, 0, len(x), CPU)()).double().numpy() for step in range(rounds)])
-    assert ((found == low) | (found == high)).all()
-    share = (x.double().numpy() - low) / (high - low)
-    error = np.abs(found.mean(0) - x.double().numpy()) / np.abs(high - low)
-    assert (error <= 4 * np.sqrt(np.maximum(share * (1 - share), 1 / rounds) / rounds)).all()
-
-
-def test_draws_belong_to_seed_step_parameter_and_place() -> None:
-    seen = [draws(*numbers, 64, CPU)().tolist() for numbers in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 256))]
-    assert len({tuple(row) for row in seen}) == 5 and seen[0] == draws(0, 0, 0, 0, 64, CPU)().tolist()
-    stream = draws(0, 0, 0, 0, 100_001, CPU)
-    first, second = stream(), stream()
-    assert first.min() >= 0 and first.max() < 65536 and not torch.equal(first, second)
-    assert abs(first.double().mean() - 32767.5) < 4 * 65536 / np.sqrt(12 * len(first))
-
-
 @pytest.mark.parametrize("signed", [True, False])
 def test_levels_are_those_of_the_paper(signed: bool) -> None:
     table = levels(signed, CPU).double().numpy()
@@ -102,7 +71,7 @@ def test_8_bit_codes_are_neighbours_without_bias_and_a_square_is_never_zero(sign
     low, high = table.double().numpy()[below], table.double().numpy()[below + 1]
     found = []
     for step in range(rounds):
-        codes, kept = encode(x, table, draws(3, step, 0, 0, len(x), CPU)(), signed)
+        codes, kept = encode(x, table, draws(step, len(x), CPU)(), signed)
         assert np.array_equal(kept.numpy(), scales)
         found.append(table.double().numpy()[codes.numpy()])
     drawn = np.stack(found)

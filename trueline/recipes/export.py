@@ -22,7 +22,7 @@ from trueline.families.export import save_folder
 from trueline.families.folder import SCORE, open_folder, resolve
 from trueline.families.peft import adapter_base, is_adapter
 from trueline.families.places import half_of, places
-from trueline.model.adapters import low_ranks, merge_adapter
+from trueline.model.adapters import low_ranks, merge_adapter, merged_weight
 from trueline.recipes.assemble import FOUND, Opened, files_fingerprint, open_model, publish
 from trueline.recipes.card import Lineage, check_run, finish_folder, lineage
 from trueline.recipes.gate import PROMPTS, probes, values
@@ -157,8 +157,7 @@ def touched_weights(opened: Opened) -> frozenset[str]:
     for path, place in places(opened.folder.family, opened.folder.decoder_config).items():
         half = half_of(opened.decoder, place)
         for name, adapter in low_ranks(half, FOUND).items():
-            weight = getattr(half, name).weight
-            if name in place.names and not torch.equal(adapter.merged(weight).to(weight.dtype), weight):
+            if name in place.names and not torch.equal(merged_weight(half, name, adapter), getattr(half, name).weight):
                 found.add(f"{path}.weight")
     return frozenset(found)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trueline.model.adapters import low_ranks
+from trueline.model.adapters import low_ranks, merged_weight
 from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix, rotation
 from trueline.model.layout import Layout, Prefixed
 from trueline.parallel.world import fast_bfloat16
@@ -224,9 +224,7 @@ def _merged(half: Attention | MLP, role: str | None) -> dict[str, tuple[Tensor, 
     merged: dict[str, tuple[Tensor, Tensor | None]] = {}
     for name, linear in half.named_children():
         if isinstance(linear, nn.Linear):
-            weight = linear.weight.detach()
-            if name in adapters:
-                weight = adapters[name].merged(weight)
+            weight = merged_weight(half, name, adapters[name]) if name in adapters else linear.weight.detach()
             merged[name] = (weight, None if linear.bias is None else linear.bias.detach())
     return merged
 

@@ -10,8 +10,9 @@ from torch.optim.adamw import adamw
 from trueline.config.schema import OptimizerConfig
 from trueline.data.stream import key
 from trueline.errors import UserError
+from trueline.model.rounding import draws
 from trueline.parallel.memory import zeros_on_demand
-from trueline.train.stores import BLOCK, LAUNCHED_PIECE, PIECE, STORES, draws, join, part, update_kernel
+from trueline.train.stores import BLOCK, LAUNCHED_PIECE, PIECE, STORES, join, part, update_kernel
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
 CACHED = 1 << 20  # weights updated at once: they stay in a CPU's cache, and waking its threads for each piece costs little
@@ -248,7 +249,7 @@ class Optimizer:
             values = self.store.read(weight[start:stop], piece)
             kept["step"].copy_(before)
             self._update([name], values[:1], [change], values[1:2], values[2:], lr=lr)
-            draw = draws(self.seed, updates, self.numbers[name], start, stop - start, weight.device)
+            draw = draws(key(self.seed, "rounding", updates, self.numbers[name], start), stop - start, weight.device)
             self.store.write(weight[start:stop], piece, values, draw)
 
     def clear(self, only: str | None = None) -> None:

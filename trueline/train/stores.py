@@ -12,19 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from trueline.data.stream import key
+from trueline.model.rounding import LEVELS, Draw, stochastic
 from trueline.parallel.kernels import usable
 
 BLOCK = 256  # 8-bit moments that share a scale, as in arXiv:2110.02861
 PIECE = 1 << 22  # weights that are widened to float32 at once; whole blocks
 LAUNCHED_PIECE = 1 << 24  # the same on an accelerator, where a piece costs 26 launches and more
-LEVELS = 1 << 16  # of a draw
-
 Values = tuple[Tensor, Tensor, Tensor]
 """weight, exp_avg and exp_avg_sq as float32 `[n]`."""
-
-Draw = Callable[[], Tensor]
-"""The next `[n]` integers from 0 to 65,535, int32."""
 
 
 class Store(Protocol):
@@ -93,19 +88,6 @@ def update_kernel(device: torch.device) -> Callable[..., None] | None:
 STORES: dict[Literal["bfloat16", "int8"], Store] = {"bfloat16": Bfloat16(), "int8": Int8()}
 
 
-def draws(seed: int, step: int, index: int, place: int, n: int, device: torch.device) -> Draw:
-    """The draws for `n` weights from `place` on of parameter `index` at its update `step`: a counter-based stream of its own.
-
-    Philox on the CPU and on CUDA, but not the same numbers on both.
-    """
-    number = key(seed, "rounding", step, index, place)
-    if device.type == "cpu":
-        stream = np.random.Philox(key=number)
-        return lambda: torch.from_numpy(stream.random_raw(-(-n // 4)).view(np.uint16)[:n].astype(np.int32))
-    generator = torch.Generator(device).manual_seed(number)
-    return lambda: torch.randint(LEVELS, (n,), dtype=torch.int32, device=device, generator=generator)
-
-
 def join(narrow: Sequence[Tensor], rest: Sequence[Tensor], room: Tensor, spare: Tensor) -> Tensor:
     """The flat float32 numbers that `part` parted, bit for bit, in `room`; both rooms are int32 of their length and written."""
     lengths = [len(x) for x in narrow]
@@ -125,11 +107,6 @@ def part(wide: Tensor, narrow: Sequence[Tensor], rest: Sequence[Tensor], spare: 
     odd = torch.bitwise_or(bits, 1, out=spare).view(torch.float32)
     for to, found in ((narrow, odd), (rest, bits)):
         torch._foreach_copy_(list(to), list(found.split([len(x) for x in to])))
-
-
-def stochastic(wide: Tensor, draw: Tensor) -> Tensor:
-    """float32 to one of its two bfloat16 neighbours, to the farther from zero with the share of the way to it that `wide` has gone."""
-    return ((wide.view(torch.int32) + draw) & -LEVELS).view(torch.float32).to(torch.bfloat16)
 
 
 @lru_cache

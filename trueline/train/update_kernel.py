@@ -1,7 +1,7 @@
 """AdamW with weights and moments in bfloat16 as one pass over memory, in Triton: 14 bytes a weight, not some 200 in 26 operations.
 
-The arithmetic is float32 as in `Optimizer._update`, the rounding that of `stores.stochastic`; the draws are Philox's in Triton, keyed by
-a seed and the weight's place. Imported by `train/optimizer.py` alone. It was run in Triton's interpreter and compiled, never on a GPU.
+The arithmetic is float32 as in `Optimizer._update`, the rounding that of `rounding.stochastic`; the draws are Philox's in Triton, keyed
+by a seed and the weight's place. Imported by `train/optimizer.py` alone. It was run in Triton's interpreter and compiled, never on a GPU.
 """
 
 import torch
