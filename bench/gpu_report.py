@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import torch
 
+from trueline.families.folder import materialise
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
 from trueline.train.step import OutOfMemory
 
@@ -156,7 +157,7 @@ class Report:
         count = sum(p.numel() for p in decoder.parameters())
         if layers is None and not self.small and count != GLM4_PARAMETERS:
             raise AssertionError(f"{count:,} parameters, expected {GLM4_PARAMETERS:,}")
-        decoder.to_empty(device=self.device)
+        materialise(decoder, self.dtype, self.device)
         init_weights(decoder, torch.Generator(self.device).manual_seed(0))
         return decoder.eval()
 

@@ -21,11 +21,14 @@ from gpu_report import COPY_RATE, MATRIX_RATE, OUT_OF_MEMORY, Report, environmen
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from trueline.config.schema import AdapterConfig
 from trueline.data.sample import Sample
+from trueline.model.adapters import adapter_parameters, add_adapter
 from trueline.model.batch import pack
 from trueline.model.heads import LanguageModel
 from trueline.rollout.decode import cached_attention, kernel_for, plain_attention
 from trueline.rollout.engine import Engine
+from trueline.rollout.fused import FusedDecoder, merged_bytes
 from trueline.rollout.graphs import PATIENCE, CudaGraph, graphs_for
 from trueline.rollout.memory import Memory
 from trueline.rollout.sampling import Rollout, Sampling
@@ -98,8 +101,8 @@ def _paged(keys: Tensor, values: Tensor, size: int = 16) -> tuple[list[Tensor], 
 class MarkedEngine(Engine):
     """Notes when each step without prompts begins, and of how many requests it is: the step before it has been waited for by then."""
 
-    def __init__(self, model: LanguageModel, running: int):
-        super().__init__(model, running)
+    def __init__(self, model: LanguageModel, running: int, packed: bool = True):
+        super().__init__(model, running, packed=packed)
         self.marks: list[tuple[int, float]] = []
 
     def _replay(self, memory: Memory, longest: int, *inputs: Tensor) -> Tensor:
@@ -215,6 +218,34 @@ def hand_over(report: Report) -> None:
     report.read("recordings made after an update, most", float(max(recorded)), "", goal="<= 0", each=recorded, **off)
 
 
+def lora(report: Report) -> None:
+    """LoRA of rank 8 on every linear: what merging it for generation takes, steps with it merged and applied, and what the merge rounds."""
+    decoder, batch = report.decoder(), 32 if not report.small else 3
+    length, new = (1024, 32) if not report.small else (24, 16)
+    config = AdapterConfig(kind="lora", targets=("q", "k", "v", "o", "gate", "up", "down"), rank=8, alpha=32.0, dropout=0.0)
+    add_adapter(decoder, "policy", config, 0)
+    model, draw = LanguageModel(decoder.eval(), "policy"), torch.Generator(report.device).manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(decoder, "policy").items():
+            if name.endswith("up.weight"):
+                parameter.normal_(0.0, 1e-3, generator=draw)
+    with torch.inference_mode():
+        spent = report.timed(partial(FusedDecoder, decoder, "policy"), rounds=3, warm=1)
+    report.read("LoRA merged for generation", spent["s_median"], "s", "<= 0.5", "<= 0.1", **spent, bytes=merged_bytes(decoder, "policy"))
+    prompts = report.tokens(batch, length).tolist()
+    for name, packed in (("merged", True), ("applied", False)):
+        engine = MarkedEngine(model, batch, packed)
+        with engine.hold():
+            answers(report, engine, prompts, new)
+            engine.marks.clear()
+            found, _ = answers(report, engine, prompts, new)
+            form = type(engine.decoder).__name__
+        step = statistics.median(steps_of(engine.marks, batch))
+        report.read(f"decode with LoRA {name}, batch {batch}", batch / step, "tokens/s", s_step=step, form=form, **report.memory())
+        gap = _logprob_gap(model, found[:8], report)
+        report.read(f"log-probabilities, generated with LoRA {name} and scored", gap, "mean abs", "<= 0.01", "<= 0.003")
+
+
 def mixed(report: Report) -> None:
     """256 prompts of 100 to 1,024 tokens; answers stop by themselves, at 1,024 tokens at the latest, after 562 on average.
 
@@ -306,8 +337,9 @@ SECTIONS = [
     ("kernel", 60.0, kernel),
     ("decode", 200.0, decode),
     ("hand_over", 30.0, hand_over),
+    ("lora", 40.0, lora),
     ("mixed", 90.0, mixed),
-    ("theirs", 100.0, theirs),
+    ("theirs", 90.0, theirs),
 ]
 
 if __name__ == "__main__":

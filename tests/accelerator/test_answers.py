@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed; it is there for Linux on x86 and Arm only")
 # Triton's interpreter is slow: one with partial rotation, one with windows, one with places
-WAYS = {"triton": ("glm", "qwen3", "chatglm"), "plain": FAMILIES}
+WAYS = {"triton": ("glm", "qwen3", "chatglm", "qwen2:lora"), "plain": (*FAMILIES, "glm:lora", "glm:ptuning")}
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def load(name):
         ("gpu_train", ["environment", "attention", "lora_speed"]),
         ("gpu_rollout", ["environment", "decode", "hand_over"]),
         pytest.param("gpu_train", ["environment", "loss", "lora_memory", "dpo", "full"], marks=pytest.mark.slow),
-        pytest.param("gpu_rollout", ["environment", "kernel", "mixed", "theirs"], marks=pytest.mark.slow),
+        pytest.param("gpu_rollout", ["environment", "kernel", "lora", "mixed", "theirs"], marks=pytest.mark.slow),
         pytest.param("gpu_train", ["compiled"], marks=pytest.mark.slow),
     ],
 )

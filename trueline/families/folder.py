@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from trueline.errors import UserError
 from trueline.families.family import Family, Weight
 from trueline.families.table import family_of, with_template
-from trueline.model.decoder import Decoder, DecoderConfig, init_weights
+from trueline.model.decoder import Decoder, DecoderConfig, adjoin, init_weights
 from trueline.model.weights import read_shapes, read_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -195,6 +195,8 @@ def _replace_weights(decoder: Decoder, make: Callable[[nn.Parameter], Tensor]) -
             if old not in made:
                 made[old] = nn.Parameter(make(old))
             setattr(module, name, made[old])
+    if decoder.embed.weight.device.type != "cpu":  # there each product is a launch; on a CPU answers come from packed copies
+        adjoin(decoder)
 
 
 def _check_weights(folder: ModelFolder, slots: dict[str, tuple[Weight, list[nn.Parameter]]]) -> None:

@@ -119,7 +119,7 @@ class LowRank(nn.Module):
     def merged(self, weight: Tensor) -> Tensor:
         """The linear's `weight` `[out, in]` with this adapter in it, in float32 at least."""
         wide = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(wide) + self.scale * (self.up.weight.to(wide) @ self.down.weight.to(wide))
+        total = torch.addmm(weight.to(wide), self.up.weight.to(wide), self.down.weight.to(wide), alpha=self.scale)
         return total if self.magnitude is None else total * self._share(weight)[:, None]
 
     def row_lengths(self, weight: Tensor) -> Tensor:
@@ -171,10 +171,19 @@ class Attention(nn.Module):
         self.window = config.windows[layer] if config.windows else None
         self.adapters = nn.ModuleDict()  # role -> projection name -> LowRank
 
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the linears, those of one input together."""
+        return ("q", "k", "v"), ("o",)
+
     def heads(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, role: str | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of states `[T, D]`, turned unless the layout does it: `[T, H, d]` and twice `[T, G, d]`."""
+        q, k, v = (project(self, name, x, role) for name in "qkv")
+        return self.turned(q, k, v, cos, sin)
+
+    def turned(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`heads` of what the three linears give."""
         # -1 heads: under tensor parallelism a rank holds a slice of them
-        q, k, v = (project(self, name, x, role).unflatten(-1, (-1, self.config.head_dim)) for name in "qkv")
+        q, k, v = (x.unflatten(-1, (-1, self.config.head_dim)) for x in (q, k, v))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if cos is None or sin is None:
@@ -193,6 +202,10 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
         self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
         self.adapters = nn.ModuleDict()
+
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the linears, those of one input together."""
+        return ("gate", "up") if self.gated else ("up",), ("down",)
 
     def forward(self, x: Tensor, role: str | None) -> Tensor:
         if self.gated:
@@ -227,15 +240,16 @@ class Block(nn.Module):
     def before(self, x: Tensor, cos: Tensor | None, sin: Tensor | None, role: str | None) -> tuple[Tensor, ...]:
         """What attention's output is added to, and its queries, keys and values."""
         seen = self.attention_norm(x)
-        return self._kept(x, seen), *self.attention.heads(seen, cos, sin, role)
+        return self.kept(x, seen), *self.attention.heads(seen, cos, sin, role)
 
     def after(self, kept: Tensor, mixed: Tensor, role: str | None) -> Tensor:
         """The layer's output from attention's, `mixed` `[T, H * d]`."""
         x = kept + self.attention_post_norm(project(self.attention, "o", mixed, role))
         seen = self.mlp_norm(x)
-        return self._kept(x, seen) + self.mlp_post_norm(self.mlp(seen, role))
+        return self.kept(x, seen) + self.mlp_post_norm(self.mlp(seen, role))
 
-    def _kept(self, x: Tensor, normed: Tensor) -> Tensor:
+    def kept(self, x: Tensor, normed: Tensor) -> Tensor:
+        """What either half's output is added to, given its input before and after the norm."""
         return x if self.residual_scale is None else self.residual_scale * normed
 
 
@@ -267,16 +281,20 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None) -> Tensor:
         """Hidden states `[T, D]` of packed `tokens` `[T]` (or of their embeddings `[T, D]`), after the final norm."""
-        layout = self._seen(layout, role)
-        turn: Turn = self._turn(layout)
-        if (turning := getattr(layout, "turning", None)) is not None and (own := turning(*turn, self.config)) is not None:
-            layout, turn = own, (None, None)
-        x = self.embed(tokens) if tokens.dim() == 1 else tokens
+        x, layout, turn = self.enter(tokens, layout, role)
         for i, layer in enumerate(self.layers):
             given = (x, layout, turn, role, self.compile_layers and torch.is_grad_enabled())
             recomputed = i < self.recompute and torch.is_grad_enabled()
             x = checkpoint(layer, *given, use_reentrant=False) if recomputed else layer(*given)
         return self.norm(x)
+
+    def enter(self, tokens: Tensor, layout: Layout, role: str | None) -> tuple[Tensor, Layout, Turn]:
+        """What the first layer is given."""
+        layout = self._seen(layout, role)
+        turn: Turn = self._turn(layout)
+        if (turning := getattr(layout, "turning", None)) is not None and (own := turning(*turn, self.config)) is not None:
+            layout, turn = own, (None, None)
+        return self.embed(tokens) if tokens.dim() == 1 else tokens, layout, turn
 
     def _turn(self, layout: Layout) -> tuple[Tensor, Tensor]:
         """Cosines and sines in the model's dtype, as all layers use them."""
@@ -314,6 +332,19 @@ class Decoder(nn.Module):
             return layout
         prefix = cast(Prefix, self.prefixes[role])
         return Prefixed(layout, prefix.keys, prefix.values, self.config.prefix_shifts)
+
+
+@torch.no_grad()
+def adjoin(decoder: Decoder) -> None:
+    """Lays the weights of linears that have one input one behind the other in memory: then one product can read them as one matrix."""
+    for half in (half for block in decoder.layers for half in (cast(Block, block).attention, cast(Block, block).mlp)):
+        for group in half.groups():
+            linears = [cast(nn.Linear, getattr(half, name)) for name in group]
+            for parameters in ([x.weight for x in linears], [x.bias for x in linears if x.bias is not None]):
+                if len(parameters) > 1:
+                    parts = torch.cat([p.data for p in parameters]).split([len(p) for p in parameters])
+                    for parameter, part in zip(parameters, parts, strict=True):
+                        parameter.data = part
 
 
 @torch.no_grad()

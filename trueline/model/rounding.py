@@ -25,5 +25,9 @@ def draws(number: int, n: int, device: torch.device) -> Draw:
 
 
 def stochastic(wide: Tensor, draw: Tensor) -> Tensor:
-    """float32 to one of its two bfloat16 neighbours, to the farther from zero with the share of the way to it that `wide` has gone."""
-    return ((wide.view(torch.int32) + draw) & -LEVELS).view(torch.float32).to(torch.bfloat16)
+    """float32 `[n]` to one of its two bfloat16 neighbours, to the farther from zero with the share of the way to it that `wide` has gone.
+
+    `draw` `[n]` is overwritten. A draw of half of `LEVELS` is the nearest. The answer is every other number of a larger tensor.
+    """
+    # the upper halves of the bits: what torch runs on is little-endian
+    return draw.add_(wide.view(torch.int32)).view(torch.bfloat16)[1::2]

@@ -32,6 +32,7 @@ from trueline.recipes.assemble import DTYPES, base_folder, files_fingerprint, op
 from trueline.recipes.calibrate import NEW_TOKENS, calibrate_fit, calibrate_ppo
 from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, sft_samples, with_shared_prompts
 from trueline.rollout.engine import PROMPT_TOKENS
+from trueline.rollout.fused import may_merge, merged_bytes
 from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.train.budget import SPARE, choose_recompute
 from trueline.train.memory_plan import Peak, disk_bytes, fullest_of, highest, key_value_bytes, times
@@ -157,8 +158,9 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         steps, several = list(zip(learning, counts[1:-1], strict=True)), len(learning) > 1 or config.ppo.ptx_coefficient > 0
         modules = {"policy": (model, learning[0]), "critic": (critic, learning[0])}
         said = _recompute(config, modules, optimizers, free, fixed.weights, several)
+        generating = _generating(config, model, sizes[0] - new, len(rollouts), packs, free - fixed.total)
         added = {
-            "generate": _generating(config, decoder, sizes[0] - new, len(rollouts), packs, free) + rehearse_pass(model, read, 1),
+            "generate": generating + rehearse_pass(model, read, 1),
             "score": max((rehearse_pass(m, scoring, counts[0]) for m in (model, critic)), key=lambda peak: peak.total),
             "policy update": rehearse_step(model, optimizers[0], steps),
             "critic update": rehearse_step(critic, optimizers[1], steps),
@@ -180,10 +182,10 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         waves = total * -(-answers // config.rollout.running)
         waves += times(config.run.eval_every, total) * -(-len(prompts.held_out) // config.rollout.running)
         token = (found["generate"].seconds - found["read"].seconds) / NEW_TOKENS
-        generating = waves * (found["read"].seconds + token * new)
+        answering = waves * (found["read"].seconds + token * new)
         per_token = found["score"].seconds / sum(sizes[i] for i in scored[0])
         per_token += config.ppo.epochs * found["update"].seconds / sum(sizes[i] for i in learned[0])
-        return phases | seen, generating + tokens * per_token
+        return phases | seen, answering + tokens * per_token
 
     return Forecast(phases, roles, {"policy": decoder.recompute, "critic": trunk.recompute}, said, work, disk, measured)
 
@@ -276,19 +278,23 @@ def _frozen_roles(config: PpoStageConfig, dtype: torch.dtype, folder: ModelFolde
     return found
 
 
-def _generating(config: PpoStageConfig, decoder: Decoder, prompt: int, answers: int, packs: bool, free: int) -> Peak:
-    """Keys and values of the running answers, their logits and probabilities, and the packed weights that answers are made with.
+def _generating(config: PpoStageConfig, model: LanguageModel, prompt: int, answers: int, packs: bool, free: int) -> Peak:
+    """Keys and values of the running answers, their logits and probabilities, and the packed or merged weights that answers are made with.
 
     More than the memory there is for keys and values they never take: the engine then has pages, and answers wait.
     """
+    decoder, new = model.decoder, config.sampling.max_new_tokens
     sizes, rows, weight = decoder.config, min(config.rollout.running, answers), decoder.embed.weight
-    longest = prompt + config.sampling.max_new_tokens
     width = PackedDecoder.stored.itemsize if packs else weight.element_size()
-    stored = key_value_bytes(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, width, rows, prompt, longest)
-    copies = weight_bytes(*decoder.layers) + sizes.vocab_size * sizes.hidden_size * weight.element_size() if packs else 0
+    stored = key_value_bytes(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, width, rows, prompt, prompt + new)
+    copies = 0
+    if packs:
+        copies = weight_bytes(*decoder.layers) + sizes.vocab_size * sizes.hidden_size * weight.element_size()
+    elif config.rollout.packed and weight.device.type != "cpu" and may_merge(merged := merged_bytes(decoder, model.role), new, free):
+        copies = merged
     room = config.rollout.memory_bytes
-    room = free // 2 if room is None else room
-    return Peak(weights=copies, keys_values=min(stored, room), logits=3 * rows * sizes.vocab_size * 4)
+    room = (free - copies) // 2 if room is None else room
+    return Peak(weights=copies, keys_values=max(min(stored, room), 0), logits=3 * rows * sizes.vocab_size * 4)
 
 
 def _folder_bytes(folder: ModelFolder, dtype: torch.dtype, with_head: bool = True) -> int:

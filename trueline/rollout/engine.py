@@ -15,12 +15,14 @@ from trueline.model.decoder import Decoder, DecoderConfig, Prefix
 from trueline.model.heads import LanguageModel, accumulation_dtype
 from trueline.model.layout import places_of
 from trueline.parallel.memory import free_memory
+from trueline.rollout.fused import FusedDecoder, can_fuse
 from trueline.rollout.graphs import graphs_for
 from trueline.rollout.memory import Decode, Memory, Mixed, Prefill, make_memory
 from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
 
 PROMPT_TOKENS = 8192  # prompt tokens in one forward, unless a single prompt is longer: bounds the activations
+Answering = Decoder | PackedDecoder | FusedDecoder
 COLUMNS = 256  # where steps are recorded, memory is a multiple of these long: prompts of about one length then need the same
 
 
@@ -154,8 +156,8 @@ class Running:
 class Engine:
     """Answers prompts with `model`, at most `running` at a time. Key/value memory exists inside `hold()` only.
 
-    `budget`: bytes for keys and values, by default half of what is free when they are made. `packed`: whether the weights may be packed
-    (on the CPU as `packed.can_pack` says, where answers may have `packed.PAYS` tokens or more).
+    `budget`: bytes for keys and values, by default half of what is free when they are made. `packed`: whether answers may come from
+    copies of weights (on the CPU as `packed.can_pack` says, where they may have `packed.PAYS` tokens; elsewhere as `fused.can_fuse` says).
 
     >>> with engine.hold():
     ...     rollouts = engine.generate([[5, 6, 7], [8, 9]], Sampling(max_new_tokens=64, stop=frozenset({2})), seeds=[11, 12])
@@ -167,7 +169,7 @@ class Engine:
         if running < 1:
             raise ValueError(f"running must be at least 1, not {running}")
         self.model, self.running, self.budget, self.packed = model, running, budget, packed
-        self.decoder: Decoder | PackedDecoder | None = None
+        self.decoder: Answering | None = None
         self.state: list[tuple[int, int]] = []
         self.front = 0  # tokens of the learned prefix
         self.memory: Memory | None = None
@@ -178,8 +180,8 @@ class Engine:
     def hold(self) -> Iterator[None]:
         """Takes the weights as they are now, and makes room for keys and values as needed; all of it is let go at the end of the `with`.
 
-        Packed weights are made when first needed and take as much memory again as the model's. All others that answer are those that are
-        trained, in the same memory.
+        Packed weights are made when first needed and take as much memory again as the model's; on an accelerator, matrices with LoRA are
+        merged then. All others that answer are those that are trained, in the same memory.
         """
         if self.decoder is not None:
             raise RuntimeError("Engine.hold() is already active")
@@ -211,8 +213,8 @@ class Engine:
         if _state(self.model.decoder) != self.state:
             raise RuntimeError("the weights changed since `with engine.hold():`; hold anew after each update")
         _check(prompts, seeds, self.model.decoder.config.vocab_size)
-        if self.packed and self.decoder is self.model.decoder and can_pack(self.decoder) and sampling.max_new_tokens >= PAYS:
-            self.decoder = PackedDecoder(self.decoder, self.model.role)
+        if self.packed and self.decoder is self.model.decoder:
+            self.decoder = _answering(self.model.decoder, self.model.role, sampling.max_new_tokens)
         work = Work([list(p) for p in prompts], list(seeds), sampling, finished)
         config, weight = self.model.decoder.config, self.model.decoder.embed.weight
         rows = min(self.running, len(prompts))
@@ -237,12 +239,12 @@ class Engine:
 
     def _run(self, work: Work, running: Running, memory: Memory, joining: dict[int, int], reading: list[int]) -> Tensor:
         """One forward over the running requests' newest tokens and the admitted prompts -> logits `[rows, V]` of what comes next."""
-        decoder, old, admitted = cast(Decoder | PackedDecoder, self.decoder), len(running), [*joining, *reading]
+        decoder, old, admitted = cast(Answering, self.decoder), len(running), [*joining, *reading]
         # who joins reads the prompt's last token again: the first token of the answer follows from its state
         joined = list(range(old, old + len(joining)))
         memory.share(list(joining.values()), joined, [len(work.prompts[i]) - 1 for i in joining])
         running.add(admitted, work)
-        contexts, anchors = _place(decoder.config, running, [work.prompts[i] for i in admitted], len(reading))
+        contexts, anchors = _place(self.model.decoder.config, running, [work.prompts[i] for i in admitted], len(reading))
         memory.reserve(running.rows, running.lengths, work.longest)
 
         old += len(joining)
@@ -258,20 +260,23 @@ class Engine:
         ends = [old - 1 + end for end in accumulate(lengths)]
         wanted = torch.tensor([*range(old), *ends], device=read.device)
         tokens = torch.cat((running.newest[:old], read))
-        if isinstance(decoder, PackedDecoder):
-            return _logits(decoder, decoder(tokens, layout, self.model.role, wanted))
-        return _logits(decoder, decoder(tokens, layout, self.model.role)[wanted])
+        if isinstance(decoder, Decoder):
+            return _logits(decoder, decoder(tokens, layout, self.model.role)[wanted])
+        return _logits(decoder, decoder(tokens, layout, self.model.role, wanted))
 
     def _replay(self, memory: Memory, longest: int, *inputs: Tensor) -> Tensor:
         """`_decode`, recorded where that can be: what fills up a batch is written to rows of no request; pages all belong to one."""
         if self.graphs is None or memory.table is not None or self.front:
             return self._decode(memory, longest, *inputs)
-        key = (self.model.role, memory.keys.shape, memory.keys.data_ptr(), memory.values.data_ptr(), *(place for place, _ in self.state))
+        places = [place for place, _ in self.state]
+        if isinstance(self.decoder, FusedDecoder):
+            places += self.decoder.addresses
+        key = (type(self.decoder), self.model.role, memory.keys.shape, memory.keys.data_ptr(), memory.values.data_ptr(), *places)
         return self.graphs(partial(self._decode, memory, memory.keys.shape[3]), inputs, memory.keys.shape[1], key)
 
     def _decode(self, memory: Memory, longest: int, newest: Tensor, position: Tensor, places: Tensor | None = None) -> Tensor:
         """Logits after the running requests' newest tokens; tensors of N rows, `longest` as `Decode.of` has it."""
-        decoder = cast(Decoder | PackedDecoder, self.decoder)
+        decoder = cast(Answering, self.decoder)
         return _logits(decoder, decoder(newest, self._decoding(memory, longest, position, places), self.model.role))
 
     def _decoding(self, memory: Memory, longest: int, position: Tensor, places: Tensor | None = None) -> Decode:
@@ -279,7 +284,14 @@ class Engine:
         return Decode.of(position, longest, memory, windows, self.front, places)
 
 
-def _logits(decoder: Decoder | PackedDecoder, hidden: Tensor) -> Tensor:
+def _answering(decoder: Decoder, role: str | None, tokens: int) -> Answering:
+    """What makes answers of so many tokens soonest, `decoder` itself or another form of it."""
+    if can_pack(decoder):
+        return PackedDecoder(decoder, role) if tokens >= PAYS else decoder
+    return FusedDecoder(decoder, role) if can_fuse(decoder, role, tokens) else decoder
+
+
+def _logits(decoder: Answering, hidden: Tensor) -> Tensor:
     logits: Tensor = cast(nn.Linear, decoder.head)(hidden)
     return logits.to(accumulation_dtype(logits.dtype))
 
