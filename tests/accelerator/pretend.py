@@ -110,7 +110,7 @@ for _name, _value in {
     "_lazy_init": lambda: None,
     "_is_in_bad_fork": lambda: False,
     "is_initialized": lambda: True,
-    "is_available": lambda: True,
+    "is_available": lambda: os.environ.get("CUDA_VISIBLE_DEVICES") != "",
     "device_count": lambda: 1,
     "synchronize": lambda device=None: None,
     "mem_get_info": lambda device=None: (_memory[0] - DEVICE.pretend_now(), _memory[0]),
