@@ -1,12 +1,16 @@
 """The loop of SFT, reward and DPO when memory is short, and the number format it settles on."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+import trueline as api
 from tests.recipes.toys import Toys
 from trueline.config.schema import ModelConfig, OptimizerConfig, RunConfig, SftConfig
 from trueline.data.sample import Sample
@@ -19,6 +23,7 @@ from trueline.recipes import assemble
 from trueline.recipes.assemble import settle_dtype
 from trueline.recipes.fit import TRIVIAL, Task, burn_in, micro_batches
 from trueline.recipes.sft import count_tokens, sft_objective
+from trueline.train import checkpoint
 from trueline.train.budget import Budget
 from trueline.train.optimizer import Optimizer, make_optimizer
 from trueline.train.step import Losses, Totals, train_step
@@ -131,3 +136,42 @@ def count_nodes(root: object) -> int:
             seen.add(node)
             todo.extend(other for other, _ in node.next_functions)  # type: ignore[attr-defined]
     return len(seen)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [("sft", "full"), ("dpo", "lora"), ("reward", "full"), ("ppo", "lora")])
+def test_a_disk_without_room_for_the_run_is_refused_before_the_first_step(
+    toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, kind: str
+) -> None:
+    """What the run's numbers really took is enough; a tenth less is not, and what is there already counts."""
+    run: Any = {"sft": api.sft, "dpo": api.dpo, "reward": api.reward, "ppo": api.ppo}[stage]
+    settings = toys.dictionary(stage, run={"output": str(tmp_path / "run"), "steps": 3, "keep": 2}, model={"adapter": {"kind": kind}})
+    most, saved = 0, checkpoint._publish
+
+    def watched(part: Path, final: Path) -> None:
+        nonlocal most
+        saved(part, final)
+        most = max(most, taken(tmp_path / "run"))
+
+    monkeypatch.setattr(checkpoint, "_publish", watched)
+    run(settings)
+    most = max(most, taken(tmp_path / "run"))
+
+    def free(size: float) -> None:
+        room = int(size) + checkpoint._MARGIN  # for names and the like
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=room - taken(tmp_path / "new")))
+
+    settings["run"]["output"] = str(tmp_path / "new")
+    free(0.9 * most)
+    with pytest.raises(RunError, match=r"disk full: what this run will write \(a lower run.keep makes it less\) needs [\d,]+ bytes"):
+        run(settings)
+    assert not (tmp_path / "new" / "metrics.jsonl").exists()
+    free(most)
+    run(settings)
+    shutil.rmtree(tmp_path / "new" / "model")
+    run(settings)
+
+
+def taken(folder: Path) -> int:
+    """Bytes of the numbers of checkpoints and model."""
+    files = [path for part in ("checkpoints", "model") for path in (folder / part).rglob("*.safetensors")]
+    return sum(path.stat().st_size - 8 - int.from_bytes(path.read_bytes()[:8], "little") for path in files)

@@ -13,7 +13,7 @@ from trueline.config.schema import OptimizerConfig
 from trueline.parallel.kernels import usable
 from trueline.train import optimizer as optimizer_module
 from trueline.train.optimizer import Optimizer
-from trueline.train.stores import update_kernel
+from trueline.train.stores import whole_update
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed; it is there for Linux on x86 and Arm only")
@@ -86,7 +86,7 @@ def test_an_optimizer_with_it_goes_where_the_plain_one_goes_and_resumes_to_the_b
         return parameter.detach(), optimizer
 
     plain, _ = trained(30)
-    monkeypatch.setattr(optimizer_module, "update_kernel", lambda device: kernel)
+    monkeypatch.setattr(optimizer_module, "whole_update", lambda states, weight: kernel)
     by_kernel, _ = trained(30)
     assert (plain.float() - by_kernel.float()).abs().mean() < 0.01 < (plain.float() - torch.linspace(-1, 1, 2560).view(64, 40)).abs().mean()
     half, optimizer = trained(10)
@@ -97,7 +97,7 @@ def test_an_optimizer_with_it_goes_where_the_plain_one_goes_and_resumes_to_the_b
 
 @pytest.mark.filterwarnings("error")
 def test_it_is_for_cuda() -> None:
-    assert update_kernel(torch.device("cpu")) is None
+    assert whole_update("bfloat16", torch.zeros(3)) is None
 
 
 @needs_triton

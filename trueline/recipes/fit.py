@@ -21,12 +21,15 @@ from trueline.data.cache import items_fingerprint, lengths
 from trueline.data.sample import Pair, Sample
 from trueline.data.stream import key, plan, step_indices, total_samples, total_steps
 from trueline.errors import UserError
+from trueline.model.adapters import Kind, base_parameters
 from trueline.model.batch import Batch
+from trueline.model.decoder import Decoder
 from trueline.parallel.world import World, start_alone
 from trueline.recipes.assemble import Opened, publish
 from trueline.recipes.report import run_report
 from trueline.train import checkpoint
 from trueline.train.budget import Budget, choose_recompute, recompute_all
+from trueline.train.memory_plan import disk_bytes
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
 from trueline.train.run import Run
 from trueline.train.step import Count, Objective, accumulate, count_items, evaluate, train_step
@@ -93,6 +96,7 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
         done = resume(run, order, {"model": stage.parameters}, {"model": optimizer})
         if run.finished(done, total):
             return
+        require_disk(run, total, {"model": stage.parameters}, {"model": optimizer}, stage.opened.decoder, config.model.adapter.kind)
         run.begin(done, total, {str(stage.opened.path): stage.opened.fingerprint})
         for note in stage.notes:
             run.say(note)
@@ -231,6 +235,22 @@ def resume(
     restore(state)
     run.say(f"going on from {found.path}")
     return found.step
+
+
+def require_disk(
+    run: Run, total: int, trained: dict[str, dict[str, nn.Parameter]], optimizers: dict[str, Optimizer], decoder: Decoder, kind: Kind
+) -> None:
+    """RunError, before the first step, when the disk has no room for the checkpoints and the model that the run still has to write.
+
+    The last checkpoint comes before the model: without this, a disk that is a model too small is found out after the last step. Logs and
+    a base of random weights, which is written beside its adapter, are not counted.
+    """
+    weights = {name: sum(p.nbytes for p in parameters.values()) for name, parameters in trained.items()}
+    each = sum(weights.values()) + sum(optimizer.memory()[1] for optimizer in optimizers.values())
+    model = sum(p.nbytes for p in base_parameters(decoder).values()) if kind == "full" else next(iter(weights.values()))
+    most = disk_bytes(each, total, run.config.save_every, run.config.keep, model, cache=0, logs=0)["most"]
+    there = [path.stat().st_size for part in ("checkpoints", "model") for path in (run.folder / part).rglob("*") if path.is_file()]
+    checkpoint.require_space(run.folder, most - sum(there), "what this run will write (a lower run.keep makes it less)")
 
 
 def derived(stage: Stage, total: int) -> dict[str, Any]:

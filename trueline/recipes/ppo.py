@@ -22,7 +22,7 @@ from trueline.parallel.memory import peak_memory_mb
 from trueline.parallel.world import start_alone
 from trueline.recipes.actors import Actors, Clock, burn_in
 from trueline.recipes.assemble import publish, settle_dtype
-from trueline.recipes.fit import resume, save, show_plan
+from trueline.recipes.fit import require_disk, resume, save, show_plan
 from trueline.recipes.judges import open_reward, sample_line
 from trueline.recipes.prepare import prompt_tokens, ptx_samples
 from trueline.recipes.report import run_report
@@ -86,6 +86,7 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
         done = resume(run, order, trained, optimizers, lambda state: learning.restore(config.ppo, state))
         if run.finished(done, total):
             return
+        require_disk(run, total, trained, optimizers, roles.policy.decoder, config.model.adapter.kind)
         run.begin(done, total, parents(config, roles.policy))
         for note in (*prompts.notes, *(f"data.ptx: {note}" for note in ptx.notes)):
             run.say(note)

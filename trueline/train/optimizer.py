@@ -12,7 +12,7 @@ from trueline.data.stream import key
 from trueline.errors import UserError
 from trueline.model.rounding import draws
 from trueline.parallel.memory import zeros_on_demand
-from trueline.train.stores import BLOCK, LAUNCHED_PIECE, PIECE, STORES, join, part, update_kernel
+from trueline.train.stores import BLOCK, LAUNCHED_PIECE, PIECE, STORES, join, part, whole_update
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
 CACHED = 1 << 20  # weights updated at once: they stay in a CPU's cache, and waking its threads for each piece costs little
@@ -231,7 +231,7 @@ class Optimizer:
         assert self.store is not None
         weight, flat, kept = self.parameters[name].detach().view(-1), gradient.reshape(-1), self.kept[name]
         updates = self.updates[name]
-        if self.config.states == "bfloat16" and (kernel := update_kernel(weight.device)) is not None and len(weight) < 2**31:
+        if (kernel := whole_update(self.config.states, weight)) is not None:
             seed = key(self.seed, "rounding", updates, self.numbers[name], 0)
             decay = self.config.weight_decay if decays(self.parameters[name]) else 0.0
             shrink = scale if flat.dtype == torch.bfloat16 else None  # others were scaled before

@@ -23,7 +23,7 @@ from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogPr
 from trueline.train.memory_plan import Peak
 from trueline.train.optimizer import Optimizer, entries, piece_of
 from trueline.train.step import each_gradient
-from trueline.train.stores import update_kernel
+from trueline.train.stores import whole_update
 
 PROBE = 1 << 14  # weights of the parameter on which an update is watched
 NEARLY = 1.005  # a peak is looked into when it is this much above the last
@@ -168,7 +168,7 @@ def update_bytes(optimizer: Optimizer) -> int:
     parameter = max(optimizer.parameters.values(), key=lambda p: p.numel())
     largest, dtype = parameter.numel(), parameter.dtype
     piece = largest if dtype != torch.bfloat16 else piece_of(parameter, stored=optimizer.store is not None)
-    if optimizer.config.states == "bfloat16" and update_kernel(parameter.device) is not None:
+    if whole_update(optimizer.config.states, parameter) is not None:
         piece = 0
     at_once = min(largest, piece)
     return int(at_once * update_bytes_per_weight(dtype, optimizer.config))

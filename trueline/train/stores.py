@@ -68,8 +68,13 @@ class Int8:
             kept[f"{name}_scale"].copy_(scales)
 
 
+def whole_update(states: str, weight: Tensor) -> Callable[..., None] | None:
+    """The kernel that updates all of `weight` in one pass, where these states have one: it counts weights in 32 bits."""
+    return _update_kernel(weight.device) if states == "bfloat16" and weight.numel() < 1 << 31 else None
+
+
 @cache
-def update_kernel(device: torch.device) -> Callable[..., None] | None:
+def _update_kernel(device: torch.device) -> Callable[..., None] | None:
     """A whole update of `Bfloat16` in one pass, where Triton and a CUDA device are; tried on some weights."""
 
     def right(kernel: Callable[..., None]) -> bool:
