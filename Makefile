@@ -58,7 +58,7 @@ bench: $(READY) ## measure trueline in some minutes; JSON lines
 	$(BIN)/python bench/cache.py --sizes 1000,10000
 	$(BIN)/python bench/growth.py --rounds 3 --sizes 1000,100000
 	$(BIN)/python bench/loss.py --rounds 1 --hidden 64
-	$(BIN)/python bench/merge.py --rates 1e-5
+	$(BIN)/python bench/rounding.py --only merge --rates 1e-5
 	$(BIN)/python bench/prefix.py --rounds 2 --case "long prompts"
 	$(BIN)/python bench/packing.py --rounds 1 --batches 8
 	$(BIN)/python bench/train.py --rounds 1

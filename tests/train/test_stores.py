@@ -21,32 +21,46 @@ from trueline.recipes.sft import count_tokens, sft_objective
 from trueline.train import optimizer as optimizer_module
 from trueline.train.optimizer import Optimizer, make_optimizer
 from trueline.train.step import train_step
-from trueline.train.stores import BLOCK, decode, encode, join, levels, part
+from trueline.train.stores import BLOCK, PERIOD, decode, encode, join, levels, part, thresholds_from
 
 SIZES = DecoderConfig(vocab_size=48, hidden_size=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, mlp_size=48)
 NARROW = ("bfloat16", "int8")
 
 
 def parted(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a whole parameter."""
     narrow, rest = torch.empty(len(x), dtype=torch.bfloat16), torch.empty(len(x), dtype=torch.int16)
-    part(x, [narrow], [rest], torch.empty(len(x), dtype=torch.int32))
+    part(x.clone(), [narrow], [rest], [thresholds_from(0, len(x), CPU)], torch.empty(len(x), dtype=torch.int32))
     return narrow, rest
 
 
 def joined(narrow: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-    return join([narrow.flatten()], [rest.flatten()], *torch.empty(2, narrow.numel(), dtype=torch.int32)).view(narrow.shape)
+    marks, rooms = [thresholds_from(0, narrow.numel(), CPU)], torch.empty(2, narrow.numel(), dtype=torch.int32)
+    return join([narrow.flatten()], [rest.flatten()], marks, *rooms).view(narrow.shape)
 
 
-def test_nearest_and_residual_hold_every_bit() -> None:
-    edges = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000, 0x00000001, 0, 0x3F7FFFFF], dtype=torch.int32).view(torch.float32)
-    x = torch.cat((wide(100_000), edges))
-    low, high = (torch.from_numpy(side) for side in neighbours(np.where(x == 0, 1, x.numpy())))
+def test_a_neighbour_and_the_lower_bits_hold_every_bit() -> None:
+    """Against the bits in NumPy: the weight is the farther neighbour where the lower 16 bits and its threshold make a whole."""
+    edges = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000, 1, 0, 0x3F7FFFFF, -(2**31), -(2**31) + 5], dtype=torch.int32)
+    x = torch.cat((edges.view(torch.float32).repeat(50), wide(PERIOD + 100_000)))
     found, rest = parted(x)
-    gap = (found.double() - x.double()).abs()
-    normal = x.abs() > 1e-30
-    assert (gap <= torch.minimum((x - low).abs(), (x - high).abs()))[normal].all()
+    bits, marks = x.view(torch.int32).numpy().astype(np.int64), thresholds_from(0, len(x), CPU).numpy().astype(np.int64)
+    raised = (bits & 0xFFFF) + marks + 2**15 >= 2**16
+    assert 0.49 < raised[400:].mean() < 0.51
+    expected = ((bits >> 16) + raised).astype(np.int16)
+    assert np.array_equal(found.view(torch.int16).numpy(), expected)
+    assert np.array_equal(rest.numpy(), (bits & 0xFFFF).astype(np.uint16).astype(np.int16))
     assert torch.equal(joined(found, rest).view(torch.int32), x.view(torch.int32))
-    assert (found != x.to(torch.bfloat16)).sum() < 10  # only halves
+    same = x.bfloat16()
+    assert torch.equal(parted(same.float())[0].view(torch.int16), same.view(torch.int16)) and not parted(same.float())[1].any()
+
+
+def test_thresholds_belong_to_a_weight_s_place() -> None:
+    table = thresholds_from(0, PERIOD, CPU)
+    assert table.dtype == torch.int16 and abs(table.double().mean()) < 100 and table.min() < -32000 and table.max() > 32000
+    for place, length in ((5, 7), (PERIOD - 3, 10), (3 * PERIOD + 1, PERIOD), (7, 2 * PERIOD + 5)):
+        expected = table[(torch.arange(length) + place) % PERIOD]
+        assert torch.equal(thresholds_from(place, length, CPU), expected)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -181,8 +195,8 @@ def test_float32_states_have_the_bits_of_a_float32_copy(monkeypatch: pytest.Monk
         theirs.step()
         made.step(0.01, scale=scale)
     for name, weight in weights.items():
-        assert torch.equal(joined(weight.detach(), made.kept[name]["residual"]), copies[name]), name
-        assert torch.equal(weight, parted(copies[name].detach().flatten())[0].view(shapes[name])) and made.kept[name]["residual"].any()
+        assert torch.equal(joined(weight.detach(), made.kept[name]["low"]), copies[name]), name
+        assert torch.equal(weight, parted(copies[name].detach().flatten())[0].view(shapes[name])) and made.kept[name]["low"].any()
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -249,11 +263,23 @@ def test_small_updates_add_up_without_a_master() -> None:
             weight.grad = torch.ones_like(weight)
             made.collect()
             made.step(1e-5)
-        end = joined(weight.detach(), made.kept["w"]["residual"]) if states == "float32" else weight.detach()
+        end = joined(weight.detach(), made.kept["w"]["low"]) if states == "float32" else weight.detach()
         assert end.double().mean().item() == pytest.approx(0.99, abs=6e-5 if states == "float32" else 5e-4), states  # 1,000 half ulps
 
 
-@pytest.mark.parametrize("states", NARROW)
+@pytest.mark.parametrize("states", ["float32", *NARROW])
+def test_small_updates_are_seen_at_once(states: str) -> None:
+    """10 updates of 1e-5 are a fiftieth of a last place: to the nearest, no weight would have moved."""
+    weight = nn.Parameter(torch.ones(512, 512, dtype=torch.bfloat16))
+    made = Optimizer({"w": weight}, OptimizerConfig(betas=(0.0, 0.0), eps=1e-12, states=states))
+    for _ in range(10):
+        weight.grad = torch.ones_like(weight)
+        made.collect()
+        made.step(1e-5)
+    assert 1 - weight.detach().double().mean().item() == pytest.approx(1e-4, rel=0.1)  # five deviations
+
+
+@pytest.mark.parametrize("states", ["float32", *NARROW])
 def test_resumed_or_straight_to_the_last_bit(states: str) -> None:
     straight, made = start(states)
     advance(straight, made, range(3))

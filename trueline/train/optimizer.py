@@ -12,7 +12,7 @@ from trueline.data.stream import key
 from trueline.errors import UserError
 from trueline.model.rounding import draws
 from trueline.parallel.memory import zeros_on_demand
-from trueline.train.stores import BLOCK, LAUNCHED_PIECE, PIECE, STORES, join, part, whole_update
+from trueline.train.stores import BLOCK, LAUNCHED_PIECE, PIECE, STORES, join, part, thresholds_from, whole_update
 
 FUSED = ("cpu", "cuda")  # device types on which one kernel does the whole update, element by element, so the same bits every time
 CACHED = 1 << 20  # weights updated at once: they stay in a CPU's cache, and waking its threads for each piece costs little
@@ -27,9 +27,9 @@ class Optimizer:
     """AdamW (arXiv:1711.05101) over named parameters.
 
     The gradients of a bfloat16 parameter are summed in float32; the only one of a step stays as it is until the update, which widens it
-    a piece at a time. With `optimizer.states: float32` the update happens on a float32 number for each weight, of which the parameter is
-    the nearest bfloat16 and a 16-bit residual is kept: all its bits in 4 bytes, not in 6. With other states, for which all parameters
-    must be bfloat16, `stores.STORES` says what is kept.
+    a piece at a time. With `optimizer.states: float32` the update happens on a float32 number for each weight: the parameter is one of
+    its two bfloat16 neighbours (`stores.part`), and its lower bits are kept, 4 bytes in all and not 6. With other states, for which all
+    parameters must be bfloat16, `stores.STORES` says what is kept.
     """
 
     def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, seed: int = 0):
@@ -153,16 +153,17 @@ class Optimizer:
             lengths = [stop - start for _, start, stop in slices]
             room, spare = rooms[:, : sum(lengths)]
             kept = [{f: x.view(-1)[a:b] for f, x in self.kept[name].items() if f != "step"} for name, a, b in slices]
-            rest, means, squares = ([x[field] for x in kept] for field in ("residual", "exp_avg", "exp_avg_sq"))
+            rest, means, squares = ([x[field] for x in kept] for field in ("low", "exp_avg", "exp_avg_sq"))
             narrow = [self.parameters[name].detach().view(-1)[a:b] for name, a, b in slices]
-            wide = join(narrow, rest, room, spare)
+            marks = [thresholds_from(a, b - a, first.device) for _, a, b in slices]
+            wide = join(narrow, rest, marks, room, spare)
             places = zip(slices, spare.view(torch.float32).split(lengths), strict=True)
             changes = [_widened(gradients[name].reshape(-1)[a:b], scale, place) for (name, a, b), place in places]
             for name, start, _ in slices:
                 if start:
                     self.kept[name]["step"] -= 1  # its pieces share a step
             self._update([name for name, _, _ in slices], wide.split(lengths), changes, means, squares, lr=lr)
-            part(wide, narrow, rest, spare)
+            part(wide, narrow, rest, marks, spare)
 
     def _slices(self, names: Iterable[str], size: int) -> Iterator[list[Slice]]:
         """All weights of the parameters in their order, `size` at a time."""
@@ -188,7 +189,7 @@ class Optimizer:
         never written is not taken from the system.
         """
         kept, weight = self.kept[name], self.parameters[name].detach()
-        halves = [weight, kept["residual"]] if name in self.halves else [weight]
+        low = [kept["low"]] if name in self.halves else []
         moments, before = [kept["exp_avg"], kept["exp_avg_sq"]], kept["step"].clone()
         if name not in self.begun:
             self.begun[name] = (moments[0] != 0).any(1) | (moments[1] != 0).any(1)
@@ -199,29 +200,29 @@ class Optimizer:
         size = max(1, CACHED // weight.shape[1])
         for start in range(0, len(weight), size):
             known, found = begun[start : start + size], entry[start : start + size]
-            views = [x[start : start + size] for x in (*halves, *moments)]
+            views = [x[start : start + size] for x in (weight, *low, *moments)]
+            marks = [thresholds_from(start * weight.shape[1], views[0].numel(), weight.device).view_as(views[0]) for _ in low]
             groups: list[tuple[Tensor | None, list[Tensor]]]
             if 2 * int(known.sum()) >= len(known):  # picking them out would take longer than all of them
                 groups = [(None, views)]
             else:
                 groups = [(known.nonzero()[:, 0], views)]
-                groups += [((~known).nonzero()[:, 0], views[: len(halves)])] if self.config.weight_decay else []
+                groups += [((~known).nonzero()[:, 0], views[:-2])] if self.config.weight_decay else []
             for rows, written in groups:
-                columns = views if rows is None else [x.index_select(0, rows) for x in views]
+                columns, mark = (xs if rows is None else [x.index_select(0, rows) for x in xs] for xs in (views, marks))
                 numbers = found if rows is None else found[rows]
                 has = (numbers >= 0).nonzero()[:, 0]
-                if len(halves) == 2:
-                    flat = [columns[0].view(-1)], [columns[1].view(-1)]
-                    room, spare = torch.empty(2, columns[0].numel(), dtype=torch.int32, device=weight.device)
-                    wide = join(*flat, room, spare).view_as(columns[0])
-                else:
-                    wide = columns[0]
+                wide = columns[0]
+                if low:
+                    narrow, rest, marked = ([x.view(-1)] for x in (*columns[:2], *mark))
+                    room, spare = torch.empty(2, wide.numel(), dtype=torch.int32, device=weight.device)
+                    wide = join(narrow, rest, marked, room, spare).view_as(wide)
                 change = torch.zeros_like(wide)
                 change.index_copy_(0, has, gradient.values().index_select(0, numbers[has]))
                 kept["step"].copy_(before)
                 self._update([name], [wide], [change], columns[-2:-1], columns[-1:], lr=lr)
-                if len(halves) == 2:
-                    part(wide.view(-1), *flat, spare)
+                if low:
+                    part(wide.view(-1), narrow, rest, marked, spare)
                 if rows is not None:
                     for whole, column in zip(written, columns, strict=False):
                         whole.index_copy_(0, rows, column)
@@ -267,7 +268,7 @@ class Optimizer:
         return sums + gradients, sum(n * dtype.itemsize for n, dtype in fields)
 
     def state(self) -> dict[str, Tensor]:
-        """All that an exact resume needs besides the parameters: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, `.residual` of bfloat16 ones, or
+        """All that an exact resume needs besides the parameters: `NAME.exp_avg`, `.exp_avg_sq`, `.step`, `.low` of bfloat16 ones, or
         what `optimizer.states` keeps in their place."""
         return {f"{name}.{field}": value for name, kept in self.kept.items() for field, value in kept.items()}
 
@@ -289,7 +290,7 @@ class Optimizer:
         if self.store is not None:
             return step | {f: ((n,), dtype) for f, (n, dtype) in self.store.fields(self.parameters[name].numel()).items()}
         shape, dtype = tuple(self.parameters[name].shape), self.parameters[name].dtype
-        rest = {"residual": (shape, torch.int16)} if name in self.halves else {}
+        rest = {"low": (shape, torch.int16)} if name in self.halves else {}
         return step | rest | {field: (shape, torch.promote_types(dtype, torch.float32)) for field in ("exp_avg", "exp_avg_sq")}
 
     def _zeros(self, name: str, field: str, sparse: bool) -> Tensor:

@@ -4,7 +4,7 @@ Torch's fake tensors take every path that real ones take, the attention kernel's
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
@@ -124,8 +124,10 @@ def rehearse_step(
             optimizer.collect()
     if early:
         return watch.found()
-    gradients = sum(entries(gradient).untyped_storage().nbytes() for gradient in optimizer.gradients().values())
-    update = Peak(gradients=gradients, activations=largest)
+    found = optimizer.gradients()
+    gradients = sum(entries(gradient).untyped_storage().nbytes() for gradient in found.values())
+    dense = [name for name, gradient in found.items() if not gradient.is_sparse]
+    update = Peak(gradients=gradients, activations=update_bytes(optimizer, dense))
     return max(watch.found(), update, key=lambda peak: peak.total)
 
 
@@ -163,14 +165,16 @@ def fake_batch(batch: Batch, mode: FakeTensorMode, device: torch.device) -> Batc
     return Batch(mode.from_tensor(batch.tokens), mode.from_tensor(batch.trained), layout, kept, rows).to(device)
 
 
-def update_bytes(optimizer: Optimizer) -> int:
-    """What an update works with beside gradients and states: watched on a small real parameter, in proportion to the largest there is."""
+def update_bytes(optimizer: Optimizer, together: Iterable[str] = ()) -> int:
+    """What an update works with beside gradients and states: watched on a small real parameter, in proportion to the largest there is,
+    or to those that are updated `together`."""
     parameter = max(optimizer.parameters.values(), key=lambda p: p.numel())
-    largest, dtype = parameter.numel(), parameter.dtype
-    piece = largest if dtype != torch.bfloat16 else piece_of(parameter, stored=optimizer.store is not None)
+    at_once, dtype, stored = parameter.numel(), parameter.dtype, optimizer.store is not None
+    if dtype == torch.bfloat16:
+        joint = 0 if stored else sum(optimizer.halves[name].numel() for name in together if name in optimizer.halves)
+        at_once = min(max(at_once, joint), piece_of(parameter, stored))
     if whole_update(optimizer.config.states, parameter) is not None:
-        piece = 0
-    at_once = min(largest, piece)
+        at_once = 0
     return int(at_once * update_bytes_per_weight(dtype, optimizer.config))
 
 
