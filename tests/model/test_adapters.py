@@ -261,6 +261,7 @@ def test_a_bfloat16_merge_keeps_changes_below_the_last_place() -> None:
     change = 2.0 * adapter.up.weight.detach().double().numpy() @ adapter.down.weight.detach().double().numpy()
     found, nearest = merged_weight(half, "down", adapter), torch.from_numpy(base + change).bfloat16()
     assert found.dtype == torch.bfloat16 and torch.equal(found, merged_weight(half, "down", adapter))
+    assert found.is_contiguous() and found.untyped_storage().nbytes() == 2 * found.numel()
     got = found.double().numpy()
     low, high = neighbours((base + change).astype(np.float32))
     assert ((np.abs(got - low) < 1e-12) | (np.abs(got - high) < 1e-12)).all()
@@ -269,6 +270,8 @@ def test_a_bfloat16_merge_keeps_changes_below_the_last_place() -> None:
     assert abs(kept - 1) < 4 * error < 0.4 and lost < 0.2
     adapter.up.weight.data.copy_(signs * 1e-2)  # grown: the nearest keeps it, and is nearer
     assert torch.equal(merged_weight(half, "down", adapter), adapter.merged(half.down.weight).bfloat16())
+    adapter.up.weight.data[3, 1] = torch.nan  # stays to be seen, and is not rounded to a number
+    assert merged_weight(half, "down", adapter).isnan().any()
     adapter.up.weight.data.copy_(signs * 1e-5)
     merge_adapter(decoder, "policy")
     assert torch.equal(half.down.weight, found)

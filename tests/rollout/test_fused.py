@@ -96,6 +96,17 @@ def test_what_has_no_lora_is_read_where_it_is_trained(adapter: str) -> None:
         assert torch.equal(p, before[name]) and p.requires_grad and p.grad is None
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_addresses_are_of_all_that_is_read(together: bool) -> None:
+    decoder, role = make(CONFIGS["llama_biased"], "lora")
+    if together:
+        adjoin(decoder)
+    fused = FusedDecoder(decoder.to(torch.bfloat16), role)
+    parts = [x for product in products(fused) for part in product.parts for x in part if x is not None]
+    assert set(fused.addresses) == {x.data_ptr() for x in parts} and len(parts) == 2 * len(products(fused))
+    assert all(x.is_contiguous() for x in parts)
+
+
 def test_a_merge_is_the_adapters_own() -> None:
     decoder, role = make(CONFIGS["glm4"], "some_lora")
     decoder.to(torch.bfloat16)

@@ -1,11 +1,15 @@
 """The arithmetic of a plan, each number worked by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from trueline.model.decoder import DecoderConfig
 from trueline.rollout.memory import Slots
-from trueline.train.memory_plan import Peak, checkpoint_count, disk_bytes, fullest_of, highest, key_value_bytes
+from trueline.train import checkpoint
+from trueline.train.memory_plan import Peak, checkpoint_count, disk_bytes, disk_still_needed, fullest_of, highest, key_value_bytes
+from trueline.train.run import due
 
 
 def test_a_peak_is_the_sum_of_its_parts() -> None:
@@ -34,6 +38,34 @@ def test_checkpoints_on_the_disk() -> None:
     found = disk_bytes(checkpoint=10, total=100, save_every=30, keep=2, model=4, cache=1, logs=2)
     assert found == {"checkpoint": 10, "checkpoints": 20, "model": 4, "cache": 1, "logs": 2, "kept": 27, "most": 33}
     assert disk_bytes(checkpoint=10, total=100, save_every=0, keep=2, model=40, cache=0, logs=0)["most"] == 50
+
+
+CASES = [
+    # what is there, where it goes on, total, save_every, keep
+    ([], 0, 12, 0, 2), ([], 0, 12, 3, 2), ([], 0, 12, 5, 1), ([], 0, 12, 1, 20), ([5], 5, 12, 0, 2), ([4, 7], 7, 12, 3, 2),
+    ([12], 12, 12, 0, 2), ([9, 12], 9, 12, 3, 2), ([3, 6], 3, 12, 3, 2), ([3, 6, 9], 9, 12, 3, 1), ([5, 9], 9, 12, 5, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("held", "done", "total", "save_every", "keep"), CASES)
+def test_what_a_run_still_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held, done, total, save_every, keep) -> None:
+    """Against checkpoints that are saved and pruned: as many as there are at once, and the model at the end."""
+    tensors, most = {"model": {"w": torch.ones(3)}}, 0
+    for step in held:
+        checkpoint.save(tmp_path, step, tensors, {}, keep=99)
+    prune = checkpoint._prune
+
+    def counted(home: Path, step: int, keep: int) -> None:
+        nonlocal most
+        most = max(most, len(checkpoint.steps(tmp_path)) - len(held))
+        prune(home, step, keep)
+
+    monkeypatch.setattr(checkpoint, "_prune", counted)
+    for step in range(done + 1, total + 1):
+        if due(save_every, step, total):
+            checkpoint.save(tmp_path, step, tensors, {}, keep)
+    left = len(checkpoint.steps(tmp_path)) - len(held)
+    assert disk_still_needed(held, done, total, save_every, keep, 100, 17) == max(100 * most, 100 * left + 17)
 
 
 def test_the_fullest_micro_batches() -> None:

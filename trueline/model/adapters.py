@@ -170,7 +170,9 @@ def merged_weight(half: Attention | MLP, name: str, adapter: LowRank) -> Tensor:
     if wide.device.type == "cpu" and fits:  # elsewhere the device would be waited for
         return wide.to(torch.bfloat16)
     draw = draws(key(0, f"merging {name}"), wide.numel(), wide.device)()
-    return stochastic(wide.flatten(), draw.masked_fill_(fits, LEVELS // 2)).reshape(weight.shape)
+    whole = stochastic(wide.flatten(), draw.masked_fill_(fits, LEVELS // 2)).contiguous().view(weight.shape)
+    # random bits can make a number of what is none
+    return whole.masked_fill_(~torch.stack([p.float().sum() for p in adapter.parameters()]).sum().isfinite(), torch.nan)
 
 
 def remove_adapter(decoder: Decoder, role: str) -> None:

@@ -23,13 +23,14 @@ from trueline.recipes.generate import sampling_of
 from trueline.recipes.judges import Reward, score_samples
 from trueline.recipes.roles import open_roles
 from trueline.rollout.engine import Engine
+from trueline.rollout.packed import PAYS
 from trueline.rollout.sampling import Rollout
 from trueline.train.budget import Budget
 from trueline.train.optimizer import make_optimizer
 from trueline.train.step import evaluate, train_step
 
 SECONDS = 2.0  # work is repeated until it took so long
-NEW_TOKENS = 16  # of each answer in PPO's calibration
+NEW_TOKENS = 16  # by which the two answers of PPO's calibration differ
 
 
 @dataclass(frozen=True)
@@ -135,4 +136,10 @@ def calibrate_ppo(config: PpoStageConfig, rollouts: Sequence[Rollout], recompute
             engine.generate([r.prompt for r in running], sampling, range(len(running)))
 
     found = {"update": measure(lambda: actors.update(experience, [], 1, 0, 1)), "score": measure(score)}
-    return found | {"read": measure(lambda: generate(1)), "generate": measure(lambda: generate(1 + NEW_TOKENS))}
+    first = first_tokens(config)
+    return found | {"read": measure(lambda: generate(first)), "generate": measure(lambda: generate(first + NEW_TOKENS))}
+
+
+def first_tokens(config: PpoStageConfig) -> int:
+    """Tokens of the shorter answers that are measured, which are made as the run's are: packing, or merging, is in both."""
+    return PAYS if config.sampling.max_new_tokens >= PAYS else 1

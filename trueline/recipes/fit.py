@@ -29,7 +29,7 @@ from trueline.recipes.assemble import Opened, publish
 from trueline.recipes.report import run_report
 from trueline.train import checkpoint
 from trueline.train.budget import Budget, choose_recompute, recompute_all
-from trueline.train.memory_plan import disk_bytes
+from trueline.train.memory_plan import disk_still_needed
 from trueline.train.optimizer import Optimizer, learning_rate, make_optimizer
 from trueline.train.run import Run
 from trueline.train.step import Count, Objective, accumulate, count_items, evaluate, train_step
@@ -92,11 +92,11 @@ def train(stage: Stage, module: nn.Module, build: Callable[[Path], Task[T, B]], 
     order = {"seed": config.run.seed, "batch.sequences": config.batch.sequences, "data": items_fingerprint(stage.items)}
     order |= {"model": stage.opened.fingerprint}
     with Run(stage.name, config.run, to_yaml(config), world) as run:
+        require_disk(run, total, {"model": stage.parameters}, {"model": optimizer}, stage.opened.decoder, config.model.adapter.kind)
         task = build(run.folder)  # before resuming: here the model still is as it was before training
         done = resume(run, order, {"model": stage.parameters}, {"model": optimizer})
         if run.finished(done, total):
             return
-        require_disk(run, total, {"model": stage.parameters}, {"model": optimizer}, stage.opened.decoder, config.model.adapter.kind)
         run.begin(done, total, {str(stage.opened.path): stage.opened.fingerprint})
         for note in stage.notes:
             run.say(note)
@@ -240,17 +240,20 @@ def resume(
 def require_disk(
     run: Run, total: int, trained: dict[str, dict[str, nn.Parameter]], optimizers: dict[str, Optimizer], decoder: Decoder, kind: Kind
 ) -> None:
-    """RunError, before the first step, when the disk has no room for the checkpoints and the model that the run still has to write.
+    """RunError, before anything is computed, when the disk has no room for the checkpoints and the model that the run still has to write.
 
     The last checkpoint comes before the model: without this, a disk that is a model too small is found out after the last step. Logs and
     a base of random weights, which is written beside its adapter, are not counted.
     """
+    held, settings = checkpoint.steps(run.folder), run.config
+    done = settings.resume if isinstance(settings.resume, int) else max(held, default=0)
+    if done >= total and (run.folder / "model").is_dir():
+        return
     weights = {name: sum(p.nbytes for p in parameters.values()) for name, parameters in trained.items()}
     each = sum(weights.values()) + sum(optimizer.memory()[1] for optimizer in optimizers.values())
     model = sum(p.nbytes for p in base_parameters(decoder).values()) if kind == "full" else next(iter(weights.values()))
-    most = disk_bytes(each, total, run.config.save_every, run.config.keep, model, cache=0, logs=0)["most"]
-    there = [path.stat().st_size for part in ("checkpoints", "model") for path in (run.folder / part).rglob("*") if path.is_file()]
-    checkpoint.require_space(run.folder, most - sum(there), "what this run will write (a lower run.keep makes it less)")
+    needed = disk_still_needed(held, done, total, settings.save_every, settings.keep, each, model)
+    checkpoint.require_space(run.folder, needed, "what this run will write (a lower run.keep makes it less)")
 
 
 def derived(stage: Stage, total: int) -> dict[str, Any]:

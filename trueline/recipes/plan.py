@@ -29,7 +29,7 @@ from trueline.parallel.memory import free_memory
 from trueline.parallel.world import find_device
 from trueline.recipes.actors import longest_rollouts
 from trueline.recipes.assemble import DTYPES, base_folder, files_fingerprint, open_text, settle_dtype
-from trueline.recipes.calibrate import NEW_TOKENS, calibrate_fit, calibrate_ppo
+from trueline.recipes.calibrate import NEW_TOKENS, calibrate_fit, calibrate_ppo, first_tokens
 from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, sft_samples, with_shared_prompts
 from trueline.rollout.engine import PROMPT_TOKENS
 from trueline.rollout.fused import may_merge, merged_bytes
@@ -182,7 +182,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         waves = total * -(-answers // config.rollout.running)
         waves += times(config.run.eval_every, total) * -(-len(prompts.held_out) // config.rollout.running)
         token = (found["generate"].seconds - found["read"].seconds) / NEW_TOKENS
-        answering = waves * (found["read"].seconds + token * new)
+        answering = waves * (found["read"].seconds + token * (new - first_tokens(config)))
         per_token = found["score"].seconds / sum(sizes[i] for i in scored[0])
         per_token += config.ppo.epochs * found["update"].seconds / sum(sizes[i] for i in learned[0])
         return phases | seen, answering + tokens * per_token

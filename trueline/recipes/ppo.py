@@ -83,10 +83,10 @@ def run(config: PpoStageConfig, dry_run: bool = False) -> None:
         Run("ppo", config.run, to_yaml(config), world) as run,
         open_reward(*source, budget := Budget(config.batch.max_tokens, run.say)) as reward,
     ):
+        require_disk(run, total, trained, optimizers, roles.policy.decoder, config.model.adapter.kind)
         done = resume(run, order, trained, optimizers, lambda state: learning.restore(config.ppo, state))
         if run.finished(done, total):
             return
-        require_disk(run, total, trained, optimizers, roles.policy.decoder, config.model.adapter.kind)
         run.begin(done, total, parents(config, roles.policy))
         for note in (*prompts.notes, *(f"data.ptx: {note}" for note in ptx.notes)):
             run.say(note)

@@ -159,8 +159,8 @@ class Engine:
     `budget`: bytes for keys and values, by default half of what is free when they are made. `packed`: whether answers may come from
     copies of weights (on the CPU as `packed.can_pack` says, where they may have `packed.PAYS` tokens; elsewhere as `fused.can_fuse` says).
 
-    >>> with engine.hold():
-    ...     rollouts = engine.generate([[5, 6, 7], [8, 9]], Sampling(max_new_tokens=64, stop=frozenset({2})), seeds=[11, 12])
+    with engine.hold():
+        rollouts = engine.generate([[5, 6, 7], [8, 9]], Sampling(max_new_tokens=64, stop=frozenset({2})), seeds=[11, 12])
     """
 
     def __init__(self, model: LanguageModel, running: int = 64, budget: int | None = None, packed: bool = True):

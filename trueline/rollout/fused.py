@@ -52,7 +52,8 @@ class FusedDecoder(nn.Module):
         super().__init__()
         self.decoder, self.head = decoder, decoder.head
         self.layers = nn.ModuleList(FusedBlock(cast(Block, block), role) for block in decoder.layers)
-        self.addresses = tuple(part.data_ptr() for product in self.modules() if isinstance(product, Product) for part, _ in product.parts)
+        read = [x for product in self.modules() if isinstance(product, Product) for part in product.parts for x in part if x is not None]
+        self.addresses = tuple(x.data_ptr() for x in read)
 
     def forward(self, tokens: Tensor, layout: Layout, role: str | None = None, wanted: Tensor | None = None) -> Tensor:
         """States `[T, D]` of packed `tokens` `[T]` after the final norm, or only those at places `wanted`."""

@@ -1,8 +1,8 @@
 """A decoding step recorded once for each size of batch and replayed. One rule: only while all that a recording points to stays in place.
 
 A step of a large model is thousands of small kernels that take longer to launch than to run; a CUDA graph launches them at once. Weights
-that are updated in place keep their addresses, so a recording outlives the update, and also the next `hold()` where keys and values come to
-lie where they lay. Never run on a GPU yet.
+that are updated in place keep their addresses, so a recording outlives the update, and also the next `hold()` where keys and values, and
+merged matrices, come to lie where they lay. Never run on a GPU yet.
 """
 
 import warnings

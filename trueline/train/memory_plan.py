@@ -40,7 +40,7 @@ def key_value_bytes(layers: int, heads: int, head_dim: int, itemsize: int, rows:
     It grows by half of what it has, and while it does, the old of keys or values is held beside the new (`rollout/memory.py`).
 
     >>> key_value_bytes(layers=1, heads=1, head_dim=1, itemsize=1, rows=1, prompt=100, longest=150)
-    400
+    300
     """
     column = layers * heads * head_dim * itemsize * rows
     columns, most = 0, 0
@@ -72,6 +72,23 @@ def disk_bytes(checkpoint: int, total: int, save_every: int, keep: int, model: i
     parts = {"checkpoint": checkpoint, "checkpoints": left * checkpoint, "model": model, "cache": cache, "logs": logs}
     rest = cache + logs
     return parts | {"kept": left * checkpoint + model + rest, "most": max(most * checkpoint, left * checkpoint + model) + rest}
+
+
+def disk_still_needed(held: Sequence[int], done: int, total: int, save_every: int, keep: int, checkpoint: int, model: int) -> int:
+    """Most bytes that a run adds to its folder on the way from step `done` to `total`, where checkpoints of the steps `held` are.
+
+    Each checkpoint is whole before older ones go, and those of later steps with them; the model is written at the end, beside an older one.
+
+    >>> [disk_still_needed(held, done, 100, 30, 2, 10, 3) for held, done in (([], 0), ([30, 60], 60), ([90, 100], 100), ([30, 60], 30))]
+    [30, 10, 3, 10]
+    """
+    kept, most = sorted(held), 0
+    due = range(done // save_every * save_every + save_every, total, save_every) if save_every else range(0)
+    for step in (*due, *([total] if done < total else [])):
+        kept = [other for other in kept if other != step]
+        most = max(most, len(kept) + 1 - len(held))
+        kept = [*(other for other in kept if other < step), step][-keep:]
+    return max(most * checkpoint, (len(kept) - len(held)) * checkpoint + model)
 
 
 def fullest_of(plans: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> tuple[list[list[int]], float]:

@@ -23,7 +23,7 @@ from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogPr
 from trueline.train.memory_plan import Peak
 from trueline.train.optimizer import Optimizer, entries, piece_of
 from trueline.train.step import each_gradient
-from trueline.train.stores import whole_update
+from trueline.train.stores import PERIOD, whole_update
 
 PROBE = 1 << 14  # weights of the parameter on which an update is watched
 NEARLY = 1.005  # a peak is looked into when it is this much above the last
@@ -175,7 +175,8 @@ def update_bytes(optimizer: Optimizer, together: Iterable[str] = ()) -> int:
         at_once = min(max(at_once, joint), piece_of(parameter, stored))
     if whole_update(optimizer.config.states, parameter) is not None:
         at_once = 0
-    return int(at_once * update_bytes_per_weight(dtype, optimizer.config))
+    repeated = 2 if dtype == torch.bfloat16 and optimizer.store is None and at_once > PERIOD else 0  # thresholds
+    return int(at_once * (update_bytes_per_weight(dtype, optimizer.config) + repeated))
 
 
 def update_bytes_per_weight(dtype: torch.dtype, config: OptimizerConfig) -> float:
