@@ -127,7 +127,7 @@ def rehearse_step(
     found = optimizer.gradients()
     gradients = sum(entries(gradient).untyped_storage().nbytes() for gradient in found.values())
     dense = [name for name, gradient in found.items() if not gradient.is_sparse]
-    update = Peak(gradients=gradients, activations=update_bytes(optimizer, dense))
+    update = Peak(gradients=gradients, activations=update_bytes(optimizer, dense, len(batches) > 1))
     return max(watch.found(), update, key=lambda peak: peak.total)
 
 
@@ -165,9 +165,9 @@ def fake_batch(batch: Batch, mode: FakeTensorMode, device: torch.device) -> Batc
     return Batch(mode.from_tensor(batch.tokens), mode.from_tensor(batch.trained), layout, kept, rows).to(device)
 
 
-def update_bytes(optimizer: Optimizer, together: Iterable[str] = ()) -> int:
+def update_bytes(optimizer: Optimizer, together: Iterable[str] = (), several: bool = False) -> int:
     """What an update works with beside gradients and states: watched on a small real parameter, in proportion to the largest there is,
-    or to those that are updated `together`."""
+    or to those that are updated `together`. `several`: after several micro-batches, whose sums are float32 already."""
     parameter = max(optimizer.parameters.values(), key=lambda p: p.numel())
     at_once, dtype, stored = parameter.numel(), parameter.dtype, optimizer.store is not None
     if dtype == torch.bfloat16:
@@ -176,16 +176,17 @@ def update_bytes(optimizer: Optimizer, together: Iterable[str] = ()) -> int:
     if whole_update(optimizer.config.states, parameter) is not None:
         at_once = 0
     repeated = 2 if dtype == torch.bfloat16 and optimizer.store is None and at_once > PERIOD else 0  # thresholds
-    return int(at_once * (update_bytes_per_weight(dtype, optimizer.config) + repeated))
+    return int(at_once * (update_bytes_per_weight(dtype, optimizer.config, several) + repeated))
 
 
-def update_bytes_per_weight(dtype: torch.dtype, config: OptimizerConfig) -> float:
+def update_bytes_per_weight(dtype: torch.dtype, config: OptimizerConfig, several: bool = False) -> float:
     with outside():
         small = Optimizer({"x": nn.Parameter(torch.zeros(PROBE // 128, 128, dtype=dtype))}, config)
         for _ in range(2):  # states are made in the first
-            for parameter in small.parameters.values():
-                parameter.grad = torch.zeros_like(parameter)
-            small.collect()
+            for _ in range(2 if several else 1):
+                for parameter in small.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+                small.collect()
             with Watch(lambda live: Peak(activations=sum(made.size for made in live.values()))) as watch:
                 small.step(0.0)
         return watch.top / PROBE
