@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from trueline.config.schema import AdapterConfig, OptimizerConfig
-from trueline.model.adapters import add_adapter, halves, low_ranks, merged_weight, trainable
-from trueline.model.decoder import MLP, Attention, Decoder, DecoderConfig, LowRank, init_weights
+from trueline.model.adapters import add_adapter, low_ranks, merged_weight, trainable
+from trueline.model.decoder import MLP, Attention, Decoder, DecoderConfig, LowRank, halves, init_weights
 from trueline.model.layout import Packed
 from trueline.train.optimizer import Optimizer
 

@@ -13,7 +13,6 @@ from trueline.model.adapters import (
     adapter_parameters,
     add_adapter,
     copy_adapter,
-    halves,
     has_adapter,
     init_adapter,
     low_ranks,
@@ -23,7 +22,7 @@ from trueline.model.adapters import (
     rename_adapter,
     trainable,
 )
-from trueline.model.decoder import Decoder, DecoderConfig, init_weights
+from trueline.model.decoder import Decoder, DecoderConfig, halves, init_weights
 from trueline.model.layout import Packed
 
 CONFIG = DecoderConfig(vocab_size=23, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=24, init_std=0.3)

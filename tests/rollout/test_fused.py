@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tests.rollout.test_packed import ADAPTERS, CONFIGS, make
 from trueline.config.schema import OptimizerConfig
-from trueline.model.adapters import halves, low_ranks, merged_weight, trainable
-from trueline.model.decoder import Decoder, adjoin, init_weights
+from trueline.model.adapters import low_ranks, merged_weight, trainable
+from trueline.model.decoder import Decoder, adjoin, halves, init_weights
 from trueline.model.heads import LanguageModel
 from trueline.model.layout import Packed
 from trueline.rollout import engine as engine_module

@@ -254,29 +254,30 @@ def test_loss_curves_follow_float32() -> None:
         assert gap < 0.1 * exact[:5].mean(), (states, gap, exact[-20:].mean())
 
 
+def lowered(states: str, size: int, updates: int) -> tuple[torch.Tensor, Optimizer]:
+    """Ones `[size, size]` after so many updates of 1e-5."""
+    weight = nn.Parameter(torch.ones(size, size, dtype=torch.bfloat16))
+    made = Optimizer({"w": weight}, OptimizerConfig(betas=(0.0, 0.0), eps=1e-12, states=states))  # type: ignore[arg-type]
+    for _ in range(updates):
+        weight.grad = torch.ones_like(weight)
+        made.collect()
+        made.step(1e-5)
+    return weight.detach(), made
+
+
 def test_small_updates_add_up_without_a_master() -> None:
     """1,000 updates of 1e-5: to the nearest bfloat16 each would be rounded away."""
     for states in ("float32", *NARROW):
-        weight = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
-        made = Optimizer({"w": weight}, OptimizerConfig(betas=(0.0, 0.0), eps=1e-12, states=states))
-        for _ in range(1000):
-            weight.grad = torch.ones_like(weight)
-            made.collect()
-            made.step(1e-5)
-        end = joined(weight.detach(), made.kept["w"]["low"]) if states == "float32" else weight.detach()
+        weight, made = lowered(states, 64, 1000)
+        end = joined(weight, made.kept["w"]["low"]) if states == "float32" else weight
         assert end.double().mean().item() == pytest.approx(0.99, abs=6e-5 if states == "float32" else 5e-4), states  # 1,000 half ulps
 
 
 @pytest.mark.parametrize("states", ["float32", *NARROW])
 def test_small_updates_are_seen_at_once(states: str) -> None:
     """10 updates of 1e-5 are a fiftieth of a last place: to the nearest, no weight would have moved."""
-    weight = nn.Parameter(torch.ones(512, 512, dtype=torch.bfloat16))
-    made = Optimizer({"w": weight}, OptimizerConfig(betas=(0.0, 0.0), eps=1e-12, states=states))
-    for _ in range(10):
-        weight.grad = torch.ones_like(weight)
-        made.collect()
-        made.step(1e-5)
-    assert 1 - weight.detach().double().mean().item() == pytest.approx(1e-4, rel=0.1)  # five deviations
+    weight, _ = lowered(states, 512, 10)
+    assert 1 - weight.double().mean().item() == pytest.approx(1e-4, rel=0.1)  # five deviations
 
 
 @pytest.mark.parametrize("states", ["float32", *NARROW])

@@ -32,8 +32,8 @@ from trueline.families.adapter_files import adapter_template as adapter_template
 from trueline.families.adapter_files import is_adapter as is_adapter
 from trueline.families.family import Family
 from trueline.families.places import PROJECTIONS, Exported, Place, export_lora, half_of, places, unfuse
-from trueline.model.adapters import attach_low_rank, attach_prefix, halves, low_ranks, scaled_alpha
-from trueline.model.decoder import Decoder, DecoderConfig
+from trueline.model.adapters import attach_low_rank, attach_prefix, low_ranks, scaled_alpha
+from trueline.model.decoder import Decoder, DecoderConfig, halves
 
 ROOT = "base_model.model."
 SCORES = ("base_model.model.score.weight", "base_model.score.weight")  # as LoRA and as prefix tuning name it

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trueline.families.family import Family, Weight
-from trueline.model.adapters import halves, low_ranks
-from trueline.model.decoder import MLP, Attention, Decoder, DecoderConfig, LowRank
+from trueline.model.adapters import low_ranks
+from trueline.model.decoder import MLP, Attention, Decoder, DecoderConfig, LowRank, halves
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 

@@ -5,7 +5,7 @@ Roles share one trunk: `decoder(tokens, layout, role)` runs with that role's ada
 """
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Literal, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trueline.config.schema import AdapterConfig
 from trueline.data.stream import key
 from trueline.errors import UserError
-from trueline.model.decoder import MLP, Attention, Block, Decoder, LowRank, Prefix
+from trueline.model.decoder import MLP, Attention, Decoder, LowRank, Prefix, halves
 from trueline.model.rounding import LEVELS, draws, stochastic
 
 Kind = Literal["full", "lora", "ptuning"]
@@ -40,13 +40,6 @@ def add_adapter(decoder: Decoder, role: str, config: AdapterConfig, seed: int) -
 def scaled_alpha(config: AdapterConfig) -> float:
     """What is divided by the rank to give the scale; rank-stabilised (arXiv:2312.03732), alpha is divided by the rank's root instead."""
     return config.alpha * config.rank**0.5 if config.rslora else config.alpha
-
-
-def halves(decoder: Decoder) -> Iterator[Attention | MLP]:
-    """The attention and the mlp of every layer: what LoRA sits on."""
-    for block in decoder.layers:
-        yield cast(Block, block).attention
-        yield cast(Block, block).mlp
 
 
 def low_ranks(half: Attention | MLP, role: str) -> dict[str, LowRank]:

@@ -3,7 +3,7 @@
 Tokens are packed: every activation is `[T, D]`, several sequences end to end, told apart by a `Layout`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -334,10 +334,17 @@ class Decoder(nn.Module):
         return Prefixed(layout, prefix.keys, prefix.values, self.config.prefix_shifts)
 
 
+def halves(decoder: Decoder) -> Iterator[Attention | MLP]:
+    """The attention and the mlp of every layer: where the linears are, and LoRA on them."""
+    for block in decoder.layers:
+        yield cast(Block, block).attention
+        yield cast(Block, block).mlp
+
+
 @torch.no_grad()
 def adjoin(decoder: Decoder) -> None:
     """Lays the weights of linears that have one input one behind the other in memory: then one product can read them as one matrix."""
-    for half in (half for block in decoder.layers for half in (cast(Block, block).attention, cast(Block, block).mlp)):
+    for half in halves(decoder):
         for group in half.groups():
             linears = [cast(nn.Linear, getattr(half, name)) for name in group]
             for parameters in ([x.weight for x in linears], [x.bias for x in linears if x.bias is not None]):

@@ -23,9 +23,9 @@ from trueline.families.export import save_folder
 from trueline.families.family import Family, stop_ids
 from trueline.families.folder import ModelFolder, load_decoder, load_score, open_folder, random_decoder, resolve
 from trueline.families.peft import Base, adapter_base, adapter_score, adapter_template, is_adapter, load_adapter, save_adapter
-from trueline.model.adapters import add_adapter, copy_adapter, halves, low_ranks, merge_adapter, remove_adapter, trainable
+from trueline.model.adapters import add_adapter, copy_adapter, low_ranks, merge_adapter, remove_adapter, trainable
 from trueline.model.compiled import check_compiler
-from trueline.model.decoder import Decoder
+from trueline.model.decoder import Decoder, halves
 from trueline.model.heads import Scorer
 from trueline.parallel.world import fast_bfloat16, find_device
 from trueline.train.run import CONFIG, saved_settings

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trueline.model.adapters import halves, low_ranks, merged_weight
-from trueline.model.decoder import MLP, Attention, Block, Decoder, Turn
+from trueline.model.adapters import low_ranks, merged_weight
+from trueline.model.decoder import MLP, Attention, Block, Decoder, Turn, halves
 from trueline.model.layout import Layout
 from trueline.parallel.memory import free_memory
 

@@ -110,7 +110,7 @@ def rehearse_step(
         logits = sum(made.size for made in live.values() if made.shape[-1:] == (vocabulary,))
         return Peak(gradients=gradients, logits=logits, activations=sum(made.size for made in live.values()) - gradients - logits)
 
-    largest = update_bytes(optimizer)
+    largest = update_bytes(optimizer) if early else 0
 
     def use(name: str) -> None:
         torch.empty(largest, dtype=torch.uint8)  # what an update works with, at most, and as long as it would
