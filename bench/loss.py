@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trueline.model.heads import LinearLogLikelihood, LinearLogProbability
+from trueline.model.heads import LinearLogProbability, LinearLoss, likelihood
 
 EQUAL = 1e-4  # relative, float32: loss and norms of both gradients
 
 SIDES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "naive": lambda hidden, weight, target: F.cross_entropy(hidden @ weight.T, target),
-    "trueline": lambda hidden, weight, target: -LinearLogLikelihood.apply(hidden, weight, target) / len(target),
+    "trueline": lambda hidden, weight, target: -LinearLoss.apply(hidden, weight, target, 1.0, likelihood)[0] / len(target),
     "trueline rows": lambda hidden, weight, target: -LinearLogProbability.apply(hidden, weight, target, 1.0).mean(),
 }
 if hasattr(torch.nn, "LinearCrossEntropyOptions"):

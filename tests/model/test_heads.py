@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trueline.data.sample import Sample
 from trueline.model import heads
 from trueline.model.batch import pack
 from trueline.model.decoder import Decoder, DecoderConfig, init_weights
-from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogProbability, Scorer, accumulation_dtype, values_before
+from trueline.model.heads import LanguageModel, LinearLogProbability, LinearLoss, Scorer, accumulation_dtype, likelihood, values_before
+from trueline.train.losses import ppo_policy_loss
 
 CONFIG = DecoderConfig(vocab_size=30, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, mlp_size=20, init_std=0.3)
 
@@ -76,7 +78,88 @@ def test_the_total_is_the_sum_and_has_its_gradients(decoder, monkeypatch, sizes,
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-12, atol=1e-14)
     with torch.no_grad():
-        assert model.total(batch) == model(batch).sum()
+        torch.testing.assert_close(model.total(batch), model(batch).sum(), rtol=1e-14, atol=0)
+
+
+SMALL_CHUNKS = {"CPU_CHUNK": 3, "NARROW": 3, "CACHED": 60}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_losses_of_single_tokens_are_what_they_are_on_all_log_probabilities(decoder, monkeypatch, frozen, temperature):
+    for name, value in SMALL_CHUNKS.items():
+        monkeypatch.setattr(heads, name, value)
+    decoder.head.weight.requires_grad_(not frozen)
+    model, batch = LanguageModel(decoder), batch_of("xxxxxxx", "x.xx", ".")
+    old, advantages = torch.randn(2, len(batch.tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        old = model(batch, temperature) + 0.3 * old  # ratios on both sides of what is clipped
+
+    def plain():
+        logprobs = model(batch, temperature)
+        return (ppo_policy_loss(logprobs, old, advantages, 0.2) * batch.trained).sum(), logprobs
+
+    def apart():
+        return model.losses(batch, lambda found, at: ppo_policy_loss(found, old[at], advantages[at], 0.2), temperature)
+
+    found = []
+    for way in (plain, apart):
+        decoder.zero_grad()
+        total, logprobs = way()
+        (total * 0.7).backward()
+        gradients = {n: p.grad.clone() for n, p in decoder.named_parameters() if p.grad is not None}
+        found.append(gradients | {"total": total.detach(), "logprobs": logprobs.detach()})
+    assert not logprobs.requires_grad and ("head.weight" in found[0]) is not frozen
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-11, atol=1e-13)
+    with torch.no_grad():
+        torch.testing.assert_close(apart()[0], found[0]["total"], rtol=1e-14, atol=0)
+        assert apart()[1].equal(found[0]["logprobs"])
+
+
+def test_losses_have_the_gradients_of_the_softmax_written_out():
+    hidden, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (4, 7))
+    target, factors = torch.tensor([0, 6, 3, 3]), torch.tensor([1.0, -2.0, 0.0, 3.0], dtype=torch.float64)
+
+    def loss(logprobs, at):
+        return factors[at] * logprobs.exp()
+
+    total, _ = LinearLoss.apply(hidden, weight, target, 0.7, loss)
+    written = loss((hidden @ weight.T / 0.7).log_softmax(-1)[range(4), target], torch.arange(4)).sum()
+    torch.testing.assert_close(total, written, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(x, (hidden, weight)) for x in (total, written)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_under_a_frozen_head_are_finite_differences():
+    hidden, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=n == 4) for n in (4, 7))
+    target = torch.tensor([0, 6, 3, 3])
+    assert torch.autograd.gradcheck(lambda h: LinearLogProbability.apply(h, weight, target, 0.7), (hidden,))
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products with the vocabulary, of `vocabulary` tokens."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.count = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+            self.count += any(self.vocabulary in x.shape for x in args if isinstance(x, torch.Tensor))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(("frozen", "apart", "wanted"), [(False, False, 4), (True, False, 2), (False, True, 3), (True, True, 2)])
+def test_logits_are_made_again_only_where_the_gradient_of_the_head_waits_for_the_loss(decoder, frozen, apart, wanted):
+    decoder.head.weight.requires_grad_(not frozen)
+    model, batch = LanguageModel(decoder), batch_of("xxxxxxx", "x.xx", ".")
+    with Products(CONFIG.vocab_size) as products:
+        total = model.losses(batch, likelihood)[0] if apart else model(batch).sum()
+        total.backward()
+    assert products.count == wanted
 
 
 def test_a_total_is_differentiated_once(decoder):
@@ -92,8 +175,8 @@ def test_in_bfloat16_both_losses_are_as_near_to_the_truth():
     target = torch.randint(0, 90, (700,), generator=draw)
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     LinearLogProbability.apply(*exact, target, 1.0).sum().backward()
-    apart, together = LinearLogProbability.apply, LinearLogLikelihood.apply
-    for loss in (lambda: apart(hidden, weight, target, 1.0).sum(), lambda: together(hidden, weight, target)):
+    apart, together = LinearLogProbability.apply, LinearLoss.apply
+    for loss in (lambda: apart(hidden, weight, target, 1.0).sum(), lambda: together(hidden, weight, target, 1.0, likelihood)[0]):
         hidden.grad = weight.grad = None
         loss().backward()
         for ours, true in zip((hidden, weight), exact, strict=True):

@@ -1,7 +1,6 @@
 """What the stages ask of a decoder: log-probabilities of tokens, or one score per token. The one-token shift is written here, twice."""
 
-from collections.abc import Iterator
-from typing import cast
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +22,43 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # log p of some tokens, and their places in the batch, to a loss of each, all `[n]`
+
+
+def likelihood(logprobs: Tensor, at: Tensor) -> Tensor:
+    """The `Loss` that is log p itself."""
+    return logprobs
+
+
 class LinearLogProbability(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target] for each row, never holding `[rows, vocabulary]`.
 
-    Forward keeps the log-sum-exp of each row; backward makes each chunk's logits again. The head's gradient is skipped when it is frozen.
+    Forward keeps the log-sum-exp of each row; backward makes each chunk's logits again. Not so with a frozen head: d log p / d hidden is
+    made in the forward pass, kept in place of `hidden`, and backward scales its rows.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
+        for_hidden, for_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        sums = _Gradients(hidden, weight, True, False) if for_hidden and not for_weight else None
         picked, totals = [], []
-        for _, chunk, wanted in _chunks(hidden, weight, target):
-            for logits, targets in _blocks(chunk, wanted):
-                found, top, total = _exponentials(_wide(logits), targets, temperature)
-                totals.append(total.log_().add_(top))
-                picked.append(found - totals[-1])
-        ctx.save_for_backward(hidden, weight, target, torch.cat(totals))
+        for rows, chunk, wanted in _chunks(hidden, weight, target):
+            found, total = _read(chunk, wanted, temperature, None if sums is None else torch.ones_like)
+            picked.append(found)
+            totals.append(total)
+            if sums is not None:
+                sums.add(rows, chunk)
+        made = None if sums is None else sums.whole()[0]
+        ctx.save_for_backward(*((hidden, weight, target, torch.cat(totals)) if made is None else (made,)))
         ctx.temperature = temperature  # type: ignore[attr-defined]
         return torch.cat(picked)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight, target, totals = ctx.saved_tensors  # type: ignore[attr-defined]
+        first, *others = ctx.saved_tensors  # type: ignore[attr-defined]
+        if not others:
+            return (first * grad[:, None]).to(first.dtype), None, None, None
+        hidden, (weight, target, totals) = first, others
         temperature: float = ctx.temperature  # type: ignore[attr-defined]
         sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
         for rows, change, *columns in _chunks(hidden, weight, target, totals, grad / temperature):
@@ -53,30 +68,42 @@ class LinearLogProbability(torch.autograd.Function):
         return *sums.whole(), None, None
 
 
-class LinearLogLikelihood(torch.autograd.Function):
-    """The sum of `LinearLogProbability` over all rows. Its slopes are known before the backward pass, so both gradients are made in the
-    forward pass from the same logits, which need not be made twice; the backward pass scales them (as arXiv:2410.10989 does)."""
+class LinearLoss(torch.autograd.Function):
+    """The sum over all rows of a loss of their `LinearLogProbability` alone, and that.
+
+    The loss's slopes are then known before the backward pass, so both gradients are made in the forward pass from the same logits, which
+    need not be made twice; the backward pass scales them (as arXiv:2410.10989 does for cross entropy). `loss` gets row numbers as places.
+    """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        picked = hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype))
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, loss: Loss
+    ) -> tuple[Tensor, Tensor]:
+        summed = hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype))
+        places = torch.arange(len(hidden), device=hidden.device)
+        picked: list[Tensor] = []
+
+        def slopes(logprobs: Tensor) -> Tensor:
+            done = sum(map(len, picked))
+            with torch.enable_grad():
+                value = loss(logprobs.requires_grad_(), places[done : done + len(logprobs)]).sum()
+            summed.add_(value.detach())
+            picked.append(logprobs.detach())
+            return torch.autograd.grad(value, logprobs)[0]
+
         sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
         for rows, change, wanted in _chunks(hidden, weight, target):
-            for logits, targets in _blocks(change, wanted):
-                wide = _wide(logits)
-                found, top, total = _exponentials(wide, targets, 1.0)
-                wide.mul_(-1 / total[:, None]).scatter_add_(-1, targets[:, None], torch.ones_like(total)[:, None])
-                logits.copy_(wide)
-                del wide  # before the next are made
-                picked += (found - total.log_().add_(top)).sum()
+            _read(change, wanted, temperature, slopes)
             sums.add(rows, change)
         ctx.sums = sums  # type: ignore[attr-defined]
-        return picked
+        logprobs = torch.cat(picked)
+        ctx.mark_non_differentiable(logprobs)
+        return summed, logprobs
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         sums: _Gradients = ctx.sums  # type: ignore[attr-defined]
-        return *sums.whole(grad), None
+        return *sums.whole(grad), None, None, None
 
 
 class _Gradients:
@@ -109,6 +136,27 @@ class _Gradients:
         if scale is not None:
             hidden, weight = (None if x is None else x.mul_(scale) for x in (hidden, weight))
         return hidden, None if weight is None else weight.to(self.dtype)
+
+
+def _read(
+    chunk: Tensor, target: Tensor, temperature: float, slopes: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """log p of the targets and the log-sum-exp of each row of a chunk's logits, whose memory is used up.
+
+    With `slopes`, from some rows' log p to a factor for each, the memory then holds d log p / d logits times those.
+    """
+    picked, totals = [], []
+    for logits, targets in _blocks(chunk, target):
+        wide = _wide(logits)
+        found, top, total = _exponentials(wide, targets, temperature)
+        totals.append(total.log().add_(top))
+        picked.append(found - totals[-1])
+        if slopes is not None:
+            slope = slopes(picked[-1]) / temperature
+            wide.mul_((-slope / total)[:, None]).scatter_add_(-1, targets[:, None], slope[:, None])
+            logits.copy_(wide)
+        del wide  # before the next are made
+    return torch.cat(picked), torch.cat(totals)
 
 
 def _slopes(temperature: float, change: Tensor, target: Tensor, total: Tensor, slope: Tensor) -> None:
@@ -170,23 +218,33 @@ class LanguageModel(nn.Module):
         self.decoder, self.role = decoder, role
 
     def total(self, batch: Batch) -> Tensor:
-        """Sum of `forward(batch)`: what is wanted of it where every trained token weighs the same, made faster."""
+        """Sum of `forward(batch)`, made faster."""
+        return self.losses(batch, likelihood)[0]
+
+    def losses(self, batch: Batch, loss: Loss, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Sum of `loss` over trained tokens, and `forward`'s `[T]` without a gradient: for losses of one token's log-probability each.
+
+        Of n log-probabilities and their tokens' places in the batch, both `[n]`, `loss` makes n losses; it gets some tokens at a time.
+        """
+        rows = batch.trained.nonzero()[:, 0]
         if not torch.is_grad_enabled():
-            return cast(Tensor, self(batch)).sum()
-        return cast(Tensor, LinearLogLikelihood.apply(*self._predictions(batch)))
+            logprobs = self(batch, temperature)
+            return loss(logprobs[rows], rows).sum(), logprobs
+        total, picked = LinearLoss.apply(*self._predictions(batch, rows), temperature, lambda found, at: loss(found, rows[at]))
+        return total, picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked)
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """log p(token t | before it) at index t `[T]`, zero on untrained tokens; float32 (float64 for a float64 model).
 
         With a temperature, the log-probabilities of the distribution tokens are sampled from: logits / temperature, before any truncation.
         """
-        picked = LinearLogProbability.apply(*self._predictions(batch), temperature)
-        return picked.new_zeros(len(batch.tokens)).index_copy(0, batch.trained.nonzero()[:, 0], picked)
-
-    def _predictions(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """States that predict trained tokens `[rows, D]`, the head's weight, and those tokens `[rows]`."""
-        hidden = self.decoder(batch.inputs, batch.layout, self.role)
         rows = batch.trained.nonzero()[:, 0]
+        picked = LinearLogProbability.apply(*self._predictions(batch, rows), temperature)
+        return picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked)
+
+    def _predictions(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """States that predict the tokens at `rows` `[n, D]`, the head's weight, and those tokens `[n]`."""
+        hidden = self.decoder(batch.inputs, batch.layout, self.role)
         # the shift: token t is predicted by the state at t - 1
         return batch.states(hidden, rows - 1), self.decoder.head.weight, batch.tokens[rows]  # type: ignore[union-attr]
 

@@ -205,14 +205,17 @@ def policy_objective(model: LanguageModel, ppo: PpoConfig, temperature: float) -
 
     def objective(item: PolicyBatch) -> tuple[Losses, Totals]:
         if item.ptx is not None:
-            loss = -model.total(item.ptx)
-            return {"ptx tokens": ppo.ptx_coefficient * loss}, {"ptx_loss": (loss, item.ptx.trained.sum())}
+            supervised = -model.total(item.ptx)
+            return {"ptx tokens": ppo.ptx_coefficient * supervised}, {"ptx_loss": (supervised, item.ptx.trained.sum())}
         seen = item.experience
         assert seen is not None
         trained = seen.batch.trained
         tokens = trained.sum()
-        logprobs = model(seen.batch, temperature)
-        total = (ppo_policy_loss(logprobs, seen.logprobs, seen.advantages, ppo.clip) * trained).sum()
+
+        def loss(logprobs: Tensor, at: Tensor) -> Tensor:
+            return ppo_policy_loss(logprobs, seen.logprobs[at], seen.advantages[at], ppo.clip)
+
+        total, logprobs = model.losses(seen.batch, loss, temperature)
         clipped = (ppo_clipped(logprobs, seen.logprobs, seen.advantages, ppo.clip) & trained).sum()
         drift = (kl(seen.logprobs, logprobs) * trained).sum()
         return {"tokens": total}, {"policy_loss": (total, tokens), "clip_fraction": (clipped, tokens), "policy_kl": (drift, tokens)}

@@ -162,7 +162,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         added = {
             "generate": generating + rehearse_pass(model, read, 1),
             "score": max((rehearse_pass(m, scoring, counts[0]) for m in (model, critic)), key=lambda peak: peak.total),
-            "policy update": rehearse_step(model, optimizers[0], steps),
+            "policy update": rehearse_step(model, optimizers[0], steps, True),
             "critic update": rehearse_step(critic, optimizers[1], steps),
         }
     phases = {name: fixed + peak for name, peak in added.items()}

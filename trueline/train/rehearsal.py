@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from trueline.config.schema import OptimizerConfig
 from trueline.model.attention import sequence_ends
 from trueline.model.batch import Batch
-from trueline.model.heads import LanguageModel, LinearLogLikelihood, LinearLogProbability, Scorer
+from trueline.model.heads import LanguageModel, LinearLogProbability, LinearLoss, Scorer, likelihood
 from trueline.train.memory_plan import Peak
 from trueline.train.optimizer import Optimizer, entries, piece_of
 from trueline.train.step import each_gradient
@@ -98,7 +98,7 @@ def rehearse_step(
     """What a step adds to weights and states that are there: forward and backward passes over the (fake) batches, and the update.
 
     Each batch comes with the number of its trained tokens. Two stand for more: from the second on gradients are there already. `summed`:
-    the loss is `LanguageModel.total`'s.
+    the loss is made by `LanguageModel.losses`.
     """
     early = optimizer.config.in_backward and len(batches) == 1
     vocabulary, wide = module.decoder.config.vocab_size, tuple(module.decoder.embed.weight.shape)
@@ -152,7 +152,7 @@ def _loss(module: LanguageModel | Scorer, batch: Batch, trained: int, summed: bo
     states = batch.states(module.decoder(batch.inputs, batch.layout, module.role), rows)  # all that is kept of the decoder's
     predictions = states, module.decoder.head.weight, batch.tokens[rows]  # type: ignore[union-attr]
     if summed:
-        total: Tensor = LinearLogLikelihood.apply(*predictions)
+        total: Tensor = LinearLoss.apply(*predictions, 1.0, likelihood)[0]
         return total
     picked = LinearLogProbability.apply(*predictions, 1.0)
     return picked.new_zeros(len(batch.tokens)).index_copy(0, rows, picked).sum()
