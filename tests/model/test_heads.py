@@ -133,12 +133,6 @@ def test_losses_have_the_gradients_of_the_softmax_written_out():
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-def test_gradients_under_a_frozen_head_are_finite_differences():
-    hidden, weight = (torch.randn(n, 5, dtype=torch.float64, requires_grad=n == 4) for n in (4, 7))
-    target = torch.tensor([0, 6, 3, 3])
-    assert torch.autograd.gradcheck(lambda h: LinearLogProbability.apply(h, weight, target, 0.7), (hidden,))
-
-
 class Products(TorchDispatchMode):
     """Counts matrix products with the vocabulary, of `vocabulary` tokens."""
 
@@ -152,14 +146,42 @@ class Products(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize(("frozen", "apart", "wanted"), [(False, False, 4), (True, False, 2), (False, True, 3), (True, True, 2)])
-def test_logits_are_made_again_only_where_the_gradient_of_the_head_waits_for_the_loss(decoder, frozen, apart, wanted):
+@pytest.mark.parametrize(
+    ("frozen", "apart", "rows", "wanted"),
+    [(False, False, 256, 3), (False, False, 4, 11), (True, False, 256, 2), (True, False, 4, 6), (False, True, 256, 3), (False, True, 4, 9)],
+)
+def test_logits_are_made_again_only_if_the_gradient_of_the_head_waits_for_the_loss(decoder, monkeypatch, frozen, apart, rows, wanted):
+    """9 rows are three chunks of at most 4: of the head's gradient's three, the last one's logits are kept."""
+    monkeypatch.setattr(heads, "CHUNK", rows)
+    for name in ("CPU_CHUNK", "NARROW"):
+        monkeypatch.setattr(heads, name, rows)
     decoder.head.weight.requires_grad_(not frozen)
-    model, batch = LanguageModel(decoder), batch_of("xxxxxxx", "x.xx", ".")
+    model, batch = LanguageModel(decoder), batch_of("xxxxxxx", "x.xx", ".x")
     with Products(CONFIG.vocab_size) as products:
         total = model.losses(batch, likelihood)[0] if apart else model(batch).sum()
         total.backward()
     assert products.count == wanted
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("rows", [2, 4, 9, 2048])
+def test_tokens_that_weigh_differently_have_the_gradients_of_the_softmax_written_out(decoder, monkeypatch, rows, frozen):
+    monkeypatch.setattr(heads, "CHUNK", rows)
+    for name in ("CPU_CHUNK", "NARROW"):
+        monkeypatch.setattr(heads, name, rows)
+    monkeypatch.setattr(heads, "CACHED", 60)  # two rows
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 5, dtype=torch.float64, generator=draw).requires_grad_() for n in (9, 30))
+    target, factors = torch.randint(0, 30, (9,), generator=draw), torch.randn(9, dtype=torch.float64, generator=draw)
+    weight.requires_grad_(not frozen)
+    ours = LinearLogProbability.apply(hidden, weight, target, 0.7)
+    theirs = (hidden @ weight.T / 0.7).log_softmax(-1)[range(9), target]
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    wanted = torch.autograd.grad(theirs @ factors, [hidden] if frozen else [hidden, weight])
+    for _ in range(2):  # the second time nothing is kept
+        found = torch.autograd.grad(ours @ factors, [hidden] if frozen else [hidden, weight], retain_graph=True)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 
 
 def test_a_total_is_differentiated_once(decoder):

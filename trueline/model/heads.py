@@ -1,6 +1,8 @@
 """What the stages ask of a decoder: log-probabilities of tokens, or one score per token. The one-token shift is written here, twice."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,9 @@ from trueline.model.decoder import Decoder
 
 CHUNK = 2048  # rows of logits alive at once on an accelerator; with fewer the matrix products slow down
 CPU_CHUNK = 256  # float32 rows on a CPU, twice as many 16-bit ones: more gain nothing there, and 2,048 rows of 151,936 are 1.2 GB
-HALVES = 2**25  # bytes of 16-bit logits for which more rows are taken: each chunk's part of the head's gradient is made and added by itself
+# bytes of logits for which a CPU takes more rows: of 16 bits, since each chunk's part of the head's gradient is made and added by itself,
+# and of those that are kept
+MANY = 2**25
 NARROW = 128  # rows for heads no wider than this, whose products need no more
 LAUNCHED = 2**26  # numbers of a 16-bit product that are added at once on an accelerator, and logits that are worked on
 CACHED = 2**20  # the same on a CPU: they stay in its caches; waking its threads costs little
@@ -33,24 +37,24 @@ def likelihood(logprobs: Tensor, at: Tensor) -> Tensor:
 class LinearLogProbability(torch.autograd.Function):
     """log softmax(hidden @ weight.T / temperature)[target] for each row, never holding `[rows, vocabulary]`.
 
-    Forward keeps the log-sum-exp of each row; backward makes each chunk's logits again. Not so with a frozen head: d log p / d hidden is
-    made in the forward pass, kept in place of `hidden`, and backward scales its rows.
+    Backward makes each chunk's logits again, but for the last one's, which lie there still. With a frozen head none are made again:
+    d log p / d hidden is made in the forward pass, kept in place of `hidden`, and backward scales its rows.
     """
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> Tensor:
         for_hidden, for_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         sums = _Gradients(hidden, weight, True, False) if for_hidden and not for_weight else None
-        picked, totals = [], []
-        for rows, chunk, wanted in _chunks(hidden, weight, target):
-            found, total = _read(chunk, wanted, temperature, None if sums is None else torch.ones_like)
-            picked.append(found)
-            totals.append(total)
+        kept, picked = None, []
+        for at, rows, chunk, wanted in _chunks(_rows_kept(weight) if for_weight else chunk_rows(weight), hidden, weight, target):
+            if for_hidden and for_weight and at + len(rows) == len(hidden):
+                kept = chunk
+            picked.append(_read(chunk, wanted, temperature, None if sums is None and kept is None else _ones))
             if sums is not None:
-                sums.add(rows, chunk)
+                sums.add(at, rows, chunk)
         made = None if sums is None else sums.whole()[0]
-        ctx.save_for_backward(*((hidden, weight, target, torch.cat(totals)) if made is None else (made,)))
-        ctx.temperature = temperature  # type: ignore[attr-defined]
+        ctx.save_for_backward(*((hidden, weight, target) if made is None else (made,)))
+        ctx.kept, ctx.temperature = kept, temperature  # type: ignore[attr-defined]
         return torch.cat(picked)
 
     @staticmethod
@@ -58,13 +62,19 @@ class LinearLogProbability(torch.autograd.Function):
         first, *others = ctx.saved_tensors  # type: ignore[attr-defined]
         if not others:
             return (first * grad[:, None]).to(first.dtype), None, None, None
-        hidden, (weight, target, totals) = first, others
-        temperature: float = ctx.temperature  # type: ignore[attr-defined]
+        hidden, (weight, target) = first, others
         sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
-        for rows, change, *columns in _chunks(hidden, weight, target, totals, grad / temperature):
-            _slopes(temperature, change, *columns)
-            sums.add(rows, change)
-        del rows, change  # the logits' memory: what follows may need it
+        kept, ctx.kept = ctx.kept, None  # type: ignore[attr-defined]
+        left = len(hidden)
+        if kept is not None:
+            left -= len(kept)
+            sums.add(left, hidden[left:], kept.mul_(grad[left:, None]))
+            del kept  # before others are made
+        others = _chunks(_rows_kept(weight), hidden[:left], weight, target[:left], grad[:left]) if left else ()
+        for at, rows, change, wanted, slope in others:
+            _read(change, wanted, ctx.temperature, partial(_part, slope))  # type: ignore[attr-defined]
+            sums.add(at, rows, change)
+            del rows, change  # the logits' memory: what follows may need it
         return *sums.whole(), None, None
 
 
@@ -83,18 +93,17 @@ class LinearLoss(torch.autograd.Function):
         places = torch.arange(len(hidden), device=hidden.device)
         picked: list[Tensor] = []
 
-        def slopes(logprobs: Tensor) -> Tensor:
-            done = sum(map(len, picked))
+        def slopes(at: int, found: Tensor, done: int) -> Tensor:
+            logprobs = found.detach().requires_grad_()
             with torch.enable_grad():
-                value = loss(logprobs.requires_grad_(), places[done : done + len(logprobs)]).sum()
+                value = loss(logprobs, places[at + done :][: len(found)]).sum()
             summed.add_(value.detach())
-            picked.append(logprobs.detach())
             return torch.autograd.grad(value, logprobs)[0]
 
         sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
-        for rows, change, wanted in _chunks(hidden, weight, target):
-            _read(change, wanted, temperature, slopes)
-            sums.add(rows, change)
+        for at, rows, change, wanted in _chunks(chunk_rows(weight), hidden, weight, target):
+            picked.append(_read(change, wanted, temperature, partial(slopes, at)))
+            sums.add(at, rows, change)
         ctx.sums = sums  # type: ignore[attr-defined]
         logprobs = torch.cat(picked)
         ctx.mark_non_differentiable(logprobs)
@@ -114,11 +123,12 @@ class _Gradients:
         self.hidden = torch.empty_like(hidden) if for_hidden else None
         # float32 even for a bfloat16 head: chunk sums in 16 bits would bias the gradient
         self.weight = torch.empty_like(weight, dtype=accumulation_dtype(weight.dtype)) if for_weight else None
-        self.dtype, self.done, self.first = weight.dtype, 0, True
+        self.dtype, self.first, self.used = weight.dtype, True, False
 
-    def add(self, rows: Tensor, change: Tensor) -> None:
+    def add(self, at: int, rows: Tensor, change: Tensor) -> None:
+        """A chunk whose first row is number `at`."""
         if self.hidden is not None and self.source is not None:
-            torch.mm(change, self.source, out=self.hidden[self.done : self.done + len(rows)])
+            torch.mm(change, self.source, out=self.hidden[at : at + len(rows)])
         if self.weight is not None and self.weight.dtype == change.dtype:
             self.weight.addmm_(change.T, rows, beta=0 if self.first else 1)  # with 0, what the memory held does not count
         elif self.weight is not None:
@@ -126,47 +136,43 @@ class _Gradients:
             for whole, part in zip(self.weight.split(size), change.split(size, 1), strict=True):  # so that no 16-bit sum is as large
                 product = part.T @ rows
                 whole.copy_(product) if self.first else whole.add_(product)
-        self.done, self.first = self.done + len(rows), False
+        self.first = False
 
     def whole(self, scale: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """Both gradients in their tensors' dtypes, times `scale`; they are given away, so once only."""
-        if self.done < 0:
+        if self.used:
             raise RuntimeError("these gradients were used already: no second backward pass through them")
-        hidden, weight, self.hidden, self.weight, self.source, self.done = self.hidden, self.weight, None, None, None, -1
+        hidden, weight, self.hidden, self.weight, self.source, self.used = self.hidden, self.weight, None, None, None, True
         if scale is not None:
             hidden, weight = (None if x is None else x.mul_(scale) for x in (hidden, weight))
         return hidden, None if weight is None else weight.to(self.dtype)
 
 
-def _read(
-    chunk: Tensor, target: Tensor, temperature: float, slopes: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """log p of the targets and the log-sum-exp of each row of a chunk's logits, whose memory is used up.
+def _read(chunk: Tensor, target: Tensor, temperature: float, slopes: Callable[[Tensor, int], Tensor] | None) -> Tensor:
+    """log p of the targets in a chunk's logits, whose memory is used up.
 
-    With `slopes`, from some rows' log p to a factor for each, the memory then holds d log p / d logits times those.
+    With `slopes`, from log p of some rows and the number of rows before them to a factor for each, the memory then holds
+    d log p / d logits times those.
     """
-    picked, totals = [], []
+    found: list[Tensor] = []
     for logits, targets in _blocks(chunk, target):
         wide = _wide(logits)
-        found, top, total = _exponentials(wide, targets, temperature)
-        totals.append(total.log().add_(top))
-        picked.append(found - totals[-1])
+        at, top, total = _exponentials(wide, targets, temperature)
+        found.append(at - (total.log() + top))
         if slopes is not None:
-            slope = slopes(picked[-1]) / temperature
+            slope = slopes(found[-1], sum(map(len, found[:-1]))) / temperature
             wide.mul_((-slope / total)[:, None]).scatter_add_(-1, targets[:, None], slope[:, None])
             logits.copy_(wide)
         del wide  # before the next are made
-    return torch.cat(picked), torch.cat(totals)
+    return torch.cat(found)
 
 
-def _slopes(temperature: float, change: Tensor, target: Tensor, total: Tensor, slope: Tensor) -> None:
-    """Makes d log p / d logits times `slope` of a chunk's logits, onehot - softmax, in their own memory."""
-    for logits, targets, norm, factor in _blocks(change, target, total, slope):
-        wide = _wide(logits)
-        wide = wide if temperature == 1 else wide.div_(temperature)
-        wide.sub_(norm[:, None]).exp_().mul_(-factor[:, None]).scatter_add_(-1, targets[:, None], factor[:, None])
-        logits.copy_(wide)
-        del wide  # before the next are made
+def _ones(found: Tensor, done: int) -> Tensor:
+    return torch.ones_like(found)
+
+
+def _part(column: Tensor, found: Tensor, done: int) -> Tensor:
+    return column[done : done + len(found)]
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -175,16 +181,24 @@ def chunk_rows(weight: Tensor) -> int:
         return CHUNK
     rows = (NARROW if weight.shape[1] <= NARROW else CPU_CHUNK) * (2 if weight.itemsize == 2 else 1)
     if weight.itemsize == 2 and weight.shape[1] > NARROW:
-        rows = max(rows, HALVES // (2 * len(weight)))
+        rows = max(rows, MANY // (2 * len(weight)))
     return min(CHUNK, rows)
 
 
-def _chunks(hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of `hidden`, their logits and the columns' rows, so many at a time as the logits of are held: all in the same memory."""
-    size = chunk_rows(weight)
-    room = hidden.new_empty(min(size, len(hidden)), len(weight))
-    for rows, *others in zip(*(x.split(size) for x in (hidden, *columns)), strict=True):
-        yield rows, torch.mm(rows, weight.T, out=room[: len(rows)]), *others
+def _rows_kept(weight: Tensor) -> int:
+    """The same where one chunk's logits are kept from the forward to the backward pass."""
+    return max(chunk_rows(weight), min(CHUNK, MANY // (weight.itemsize * len(weight))))
+
+
+def _chunks(size: int, hidden: Tensor, weight: Tensor, *columns: Tensor) -> Iterator[tuple[Any, ...]]:
+    """At most `size` rows at a time, the last ones as many as there are: the first's number, the rows of `hidden`, their logits, all in the
+    same memory, and the columns' rows."""
+    sizes = [len(hidden) % size] * (len(hidden) % size > 0 or not len(hidden)) + [size] * (len(hidden) // size)
+    room = hidden.new_empty(sizes[-1], len(weight))
+    at = 0
+    for rows, *others in zip(*(x.split(sizes) for x in (hidden, *columns)), strict=True):
+        yield at, rows, torch.mm(rows, weight.T, out=room[: len(rows)]), *others
+        at += len(rows)
 
 
 def _blocks(logits: Tensor, *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
