@@ -1,11 +1,12 @@
 """Cross entropy of a vocabulary head, forward and backward: naive, our two, and with `--torch` PyTorch's chunked one where it has it.
 
-One rule: equal first. Ours: the sum, as SFT uses it (`trueline`), and one value for each row, as DPO and PPO do (`trueline rows`: slopes
-are not known before the backward pass). Every side runs in a process of its own, which reads its peak of resident memory above what it held
-before (Linux), in the first round. Sides take turns by round; processor time is beside wall time, for a machine that others use. One JSON
-line per reading, then a table.
+One rule: equal first. Ours: the sum, as SFT and PPO use it (`trueline`), and one value for each row, as DPO does (`trueline rows`: slopes
+are not known before the backward pass). With `--frozen` the head's weight has no gradient, as under LoRA. Every side runs in a process of
+its own, which reads its peak of resident memory above what it held before (Linux), in the first round. Sides take turns by round; processor
+time is beside wall time, for a machine that others use. One JSON line per reading, then a table.
 
-`python bench/loss.py [--rounds N] [--threads N] [--tokens N] [--vocabulary N] [--hidden N ...] [--torch]`; PyTorch's takes minutes.
+`python bench/loss.py [--rounds N] [--threads N] [--tokens N] [--vocabulary N] [--hidden N ...] [--frozen] [--torch]`. `--torch` takes
+minutes.
 """
 
 import argparse
@@ -42,11 +43,11 @@ def memory(field: str) -> int:
     return int(line.split()[1]) // 1024
 
 
-def serve(side: str, tokens: int, vocabulary: int, hidden: int) -> None:
+def serve(side: str, tokens: int, vocabulary: int, hidden: int, frozen: bool) -> None:
     """Does a round for each line on standard input, and prints what it read."""
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(tokens, hidden, generator=draw).requires_grad_()
-    weight = (torch.randn(vocabulary, hidden, generator=draw) / hidden**0.5).requires_grad_()
+    weight = (torch.randn(vocabulary, hidden, generator=draw) / hidden**0.5).requires_grad_(not frozen)
     target = torch.randint(0, vocabulary, (tokens,), generator=draw)
     SIDES[side](states[:8], weight[:64], target[:8] % 64).backward()  # loads what the first call loads
     for _ in sys.stdin:
@@ -56,15 +57,15 @@ def serve(side: str, tokens: int, vocabulary: int, hidden: int) -> None:
         loss = SIDES[side](states, weight, target)
         loss.backward()
         seconds, processor = time.perf_counter() - began, time.process_time() - spent
-        assert states.grad is not None and weight.grad is not None
-        same = [loss.item(), states.grad.norm().item(), weight.grad.norm().item()]
+        same = [loss.item(), *(x.grad.norm().item() for x in (states, weight) if x.grad is not None)]
+        assert len(same) == 3 - frozen
         print(json.dumps({"seconds": seconds, "processor": processor, "mib": memory("VmHWM") - before, "same": same}), flush=True)
 
 
 def compare(hidden: int, sides: list[str], arguments: argparse.Namespace) -> list[dict[str, object]]:
     """A row for each side at one hidden size."""
     sizes = ["--tokens", str(arguments.tokens), "--vocabulary", str(arguments.vocabulary), "--hidden", str(hidden)]
-    command = [sys.executable, __file__, *sizes, "--threads", str(arguments.threads), "--side"]
+    command = [sys.executable, __file__, *sizes, "--threads", str(arguments.threads), *["--frozen"] * arguments.frozen, "--side"]
     children = {side: subprocess.Popen([*command, side], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for side in sides}
     read: dict[str, list[dict[str, float | list[float]]]] = {side: [] for side in sides}
     for _ in range(arguments.rounds + 1):  # the first for equality and memory, not for time
@@ -85,7 +86,7 @@ def compare(hidden: int, sides: list[str], arguments: argparse.Namespace) -> lis
         rows.append({"bench": "loss", "side": side, "hidden": hidden, "seconds_median": seconds, "peak_mib": read[side][0]["mib"]})
         rows[-1] |= {"processor_median": statistics.median(x["processor"] for x in read[side][1:])}  # type: ignore[type-var]
         rows[-1] |= {"gap": gaps[side], "seconds": [x["seconds"] for x in read[side][1:]], "threads": arguments.threads}
-        rows[-1] |= {"tokens": arguments.tokens, "vocabulary": arguments.vocabulary, "load": os.getloadavg()[0]}
+        rows[-1] |= {"tokens": arguments.tokens, "vocabulary": arguments.vocabulary, "frozen": arguments.frozen, "load": os.getloadavg()[0]}
     return rows
 
 
@@ -96,12 +97,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151_552)
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--frozen", action="store_true", help="no gradient for the head's weight")
     parser.add_argument("--torch", action="store_true", help="PyTorch's F.linear_cross_entropy in chunks, too")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.side:
-        serve(arguments.side, arguments.tokens, arguments.vocabulary, arguments.hidden[0])
+        serve(arguments.side, arguments.tokens, arguments.vocabulary, arguments.hidden[0], arguments.frozen)
         return
     rows = []
     for hidden in arguments.hidden:

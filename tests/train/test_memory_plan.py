@@ -8,7 +8,7 @@ import torch
 from trueline.model.decoder import DecoderConfig
 from trueline.rollout.memory import Slots
 from trueline.train import checkpoint
-from trueline.train.memory_plan import Peak, checkpoint_count, disk_bytes, disk_still_needed, fullest_of, highest, key_value_bytes
+from trueline.train.memory_plan import Peak, disk_bytes, disk_still_needed, fullest_of, highest, key_value_bytes
 from trueline.train.run import due
 
 
@@ -34,7 +34,6 @@ def test_keys_and_values_grow_as_the_memory_does(prompt: int, longest: int) -> N
 
 def test_checkpoints_on_the_disk() -> None:
     """100 steps, one checkpoint of 10 bytes every 30: 30, 60, 90 and the last. Two are kept, a third is there while it is written."""
-    assert checkpoint_count(100, 30, 2) == (2, 3)
     found = disk_bytes(checkpoint=10, total=100, save_every=30, keep=2, model=4, cache=1, logs=2)
     assert found == {"checkpoint": 10, "checkpoints": 20, "model": 4, "cache": 1, "logs": 2, "kept": 27, "most": 33}
     assert disk_bytes(checkpoint=10, total=100, save_every=0, keep=2, model=40, cache=0, logs=0)["most"] == 50

@@ -52,8 +52,7 @@ class LinearLogProbability(torch.autograd.Function):
             picked.append(_read(chunk, wanted, temperature, None if sums is None and kept is None else _ones))
             if sums is not None:
                 sums.add(at, rows, chunk)
-        made = None if sums is None else sums.whole()[0]
-        ctx.save_for_backward(*((hidden, weight, target) if made is None else (made,)))
+        ctx.save_for_backward(*((hidden, weight, target) if sums is None else sums.whole()[:1]))
         ctx.kept, ctx.temperature = kept, temperature  # type: ignore[attr-defined]
         return torch.cat(picked)
 
@@ -65,11 +64,10 @@ class LinearLogProbability(torch.autograd.Function):
         hidden, (weight, target) = first, others
         sums = _Gradients(hidden, weight, *ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
         kept, ctx.kept = ctx.kept, None  # type: ignore[attr-defined]
-        left = len(hidden)
+        left = len(hidden) - (0 if kept is None else len(kept))
         if kept is not None:
-            left -= len(kept)
             sums.add(left, hidden[left:], kept.mul_(grad[left:, None]))
-            del kept  # before others are made
+        del kept  # before others are made
         others = _chunks(_rows_kept(weight), hidden[:left], weight, target[:left], grad[:left]) if left else ()
         for at, rows, change, wanted, slope in others:
             _read(change, wanted, ctx.temperature, partial(_part, slope))  # type: ignore[attr-defined]

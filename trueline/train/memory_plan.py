@@ -56,22 +56,12 @@ def times(every: int, total: int) -> int:
     return -(-total // every) if every else 1
 
 
-def checkpoint_count(total: int, save_every: int, keep: int) -> tuple[int, int]:
-    """Checkpoints at the end, and the most there are at once: a new one is whole before an old one goes.
-
-    >>> [checkpoint_count(*numbers) for numbers in ((100, 0, 2), (100, 30, 2), (100, 50, 2), (100, 10, 20))]
-    [(1, 1), (2, 3), (2, 2), (10, 10)]
-    """
-    made = times(save_every, total)
-    return min(made, keep), min(made, keep + 1)
-
-
 def disk_bytes(checkpoint: int, total: int, save_every: int, keep: int, model: int, cache: int, logs: int) -> dict[str, int]:
     """What the run leaves (`kept`), and the most it takes on the way (`most`); the last checkpoints stay beside the finished model."""
-    left, most = checkpoint_count(total, save_every, keep)
-    parts = {"checkpoint": checkpoint, "checkpoints": left * checkpoint, "model": model, "cache": cache, "logs": logs}
-    rest = cache + logs
-    return parts | {"kept": left * checkpoint + model + rest, "most": max(most * checkpoint, left * checkpoint + model) + rest}
+    left = min(times(save_every, total), keep) * checkpoint
+    parts = {"checkpoint": checkpoint, "checkpoints": left, "model": model, "cache": cache, "logs": logs}
+    most = disk_still_needed((), 0, total, save_every, keep, checkpoint, model)
+    return parts | {"kept": left + model + cache + logs, "most": most + cache + logs}
 
 
 def disk_still_needed(held: Sequence[int], done: int, total: int, save_every: int, keep: int, checkpoint: int, model: int) -> int:
