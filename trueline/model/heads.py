@@ -68,8 +68,8 @@ class LinearLogProbability(torch.autograd.Function):
         if kept is not None:
             sums.add(left, hidden[left:], kept.mul_(grad[left:, None]))
         del kept  # before others are made
-        others = _chunks(_rows_kept(weight), hidden[:left], weight, target[:left], grad[:left]) if left else ()
-        for at, rows, change, wanted, slope in others:
+        again = _chunks(_rows_kept(weight), hidden[:left], weight, target[:left], grad[:left]) if left else ()
+        for at, rows, change, wanted, slope in again:
             _read(change, wanted, ctx.temperature, partial(_part, slope))  # type: ignore[attr-defined]
             sums.add(at, rows, change)
             del rows, change  # the logits' memory: what follows may need it
