@@ -14,7 +14,10 @@ import trueline as api
 from tests.recipes.commands import ROOT, Commands
 from tests.recipes.reading import records
 from tests.recipes.toys import KINDS, Toys, lines
-from trueline.recipes.generate import printable
+from trueline.config.schema import GenerateConfig
+from trueline.errors import Interrupted
+from trueline.recipes.generate import printable, run
+from trueline.recipes.unfinished import Unfinished
 
 SHORT = "max_new_tokens=8"
 
@@ -112,11 +115,47 @@ def test_places_that_cannot_be_written(toys: Toys, trueline: Commands, tmp_path:
     for given in (prompts, tmp_path):  # a file's own name, and a folder it is in
         own = trueline("generate", toys.model(), "--prompts", given, "--out", tmp_path / "." / "p.jsonl").refused()
         assert "is a file of --prompts, which it would replace; name another file" in own and len(records(tmp_path / "p.jsonl")) == 4
-    full = trueline("generate", toys.model(), "--prompts", prompts, "--out", tmp_path / "out", "max_new_tokens=30", file_limit=1000)
-    assert "the disk is full" in full.refused(1)
     assert sorted(tmp_path.rglob("*")) == before
     assert "none.jsonl" in trueline("generate", toys.model(), "--prompts", "none.jsonl", "--out", tmp_path / "out").refused()
     assert "no such folder" in trueline("generate", tmp_path / "none", "--prompts", prompts, "--out", tmp_path / "out").refused()
+
+
+def test_a_command_that_ended_early_goes_on(toys: Toys, trueline: Commands, tmp_path: Path) -> None:
+    prompts = lines(tmp_path / "p.jsonl", [{"prompt": f"say {word}"} for word in ("red", "blue", "green", "红")])
+    out, model = tmp_path / "out.jsonl", toys.model()
+    command = ("generate", model, "--prompts", prompts, "--out", out, "max_new_tokens=12", "temperature=1", "n=2")
+    straight = tmp_path / "straight.jsonl"
+    assert "going on" not in trueline(*command[:5], straight, *command[6:]).ok().err
+    assert "the disk is full" in trueline(*command, file_limit=2000).refused(1)
+    assert not out.exists() and len(kept := list(tmp_path.glob(".out.jsonl.*.unfinished"))) == 1
+    done = kept[0].read_bytes().count(b"\n")
+    assert 0 < done < 8
+    trueline(*command, "seed=1").ok()  # another work: it begins anew, and leaves the first alone
+    assert records(out) != records(straight) and kept[0].exists()
+    assert f"going on after {done} of 8 answers" in trueline(*command).ok().err
+    for ours, theirs in zip(records(out), records(straight), strict=True):
+        assert {**ours, "logprobs": None} == {**theirs, "logprobs": None}
+        torch.testing.assert_close(torch.tensor(ours["logprobs"]), torch.tensor(theirs["logprobs"]), rtol=0, atol=1e-5)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_ctrl_c_says_what_is_kept(toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, out = lines(tmp_path / "p.jsonl", [{"prompt": "say red"}] * 3), tmp_path / "out.jsonl"
+    settings, add = GenerateConfig(max_new_tokens=4), Unfinished.add
+
+    def pressed(self: Unfinished, number: int, line: object) -> None:
+        if len(self.lines) == most:
+            raise KeyboardInterrupt
+        add(self, number, line)
+
+    monkeypatch.setattr(Unfinished, "add", pressed)
+    for most, words in ((0, "stopped after 0 of 3 answers$"), (2, "stopped after 2 of 3 answers; the same command goes on from there")):
+        with pytest.raises(Interrupted, match=words):
+            run(str(toys.model()), str(prompts), str(out), settings)
+        assert len(list(tmp_path.glob(".*"))) == bool(most) and not out.exists()
+    monkeypatch.undo()
+    run(str(toys.model()), str(prompts), str(out), settings)
+    assert len(records(out)) == 3 and not list(tmp_path.glob(".*"))
 
 
 def test_a_reward_model_cannot_answer(toys: Toys, trueline: Commands, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import ast
 from tests.structure.tree import PACKAGE, functions, modules
 
 BANNED_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
-FILE_LINES, FUNCTION_LINES, RECIPE_LINES, PRODUCT_LINES = 400, 60, 100, 15_600
+FILE_LINES, FUNCTION_LINES, RECIPE_LINES, PRODUCT_LINES = 400, 60, 100, 15_700
 LONGER = {"config/schema.py": 480}  # every key in one table, read from top to bottom; cut in two it would say less
 RECORD_BASES = {"Config"}  # the config base counts as a library's
 

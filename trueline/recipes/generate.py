@@ -3,16 +3,16 @@
 Left out: a server, streaming of single tokens.
 """
 
+import hashlib
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 
 from trueline.config.schema import GenerateConfig, ModelConfig, SamplingConfig
 from trueline.data.conversation import Conversation, Message
@@ -20,9 +20,10 @@ from trueline.data.files import MINDRECORD, find_files, suffix
 from trueline.data.formats import load_prompts
 from trueline.data.reader import Problems, Record, read_records
 from trueline.data.stream import key
-from trueline.errors import UserError
+from trueline.errors import Interrupted, UserError
 from trueline.model.heads import LanguageModel
 from trueline.recipes.assemble import Opened, open_model, speaking
+from trueline.recipes.unfinished import Unfinished
 from trueline.rollout.engine import Engine
 from trueline.rollout.sampling import Rollout, Sampling
 
@@ -36,30 +37,33 @@ def run(model: str, prompts: str, out: str, settings: GenerateConfig, base: str 
     seeds = [key(settings.seed, "generate", i) for i in range(len(given))]
     if any(Path(out).exists() and Path(out).samefile(path) for path in find_files([prompts])[0]):
         raise UserError(f"--out {out} is a file of --prompts, which it would replace; name another file")
-    with _written_whole(Path(out)) as file:  # before the work: a place that cannot be written is told at once
-        rollouts = answer(language_model, opened, [tokens for _, tokens in given], settings, seeds)
-        for (prompt, _), rollout in zip(given, rollouts, strict=True):
-            file.write(json.dumps(line_of(prompt, rollout), ensure_ascii=False) + "\n")
-    Console(stderr=True).print(f"{len(rollouts)} answers in {escape(out)}")
+    console = Console(stderr=True)
+    shown = Progress(console=console, transient=True, disable=not console.is_terminal)
+    with Unfinished(Path(out), _work(opened, given, settings)) as unfinished, shown as progress:
+        left = [i for i in range(len(given)) if i not in unfinished.lines]
+        if len(left) < len(given):
+            console.print(f"going on after {len(given) - len(left)} of {len(given)} answers")
+        bar = progress.add_task("answers", total=len(given), completed=len(given) - len(left))
+
+        def ended(number: int, rollout: Rollout) -> None:
+            unfinished.add(left[number], line_of(given[left[number]][0], rollout))
+            progress.advance(bar)
+
+        try:
+            answer(language_model, opened, [given[i][1] for i in left], settings, [seeds[i] for i in left], finished=ended)
+        except KeyboardInterrupt as error:
+            done = f"stopped after {len(unfinished.lines)} of {len(given)} answers"
+            raise Interrupted(done + "; the same command goes on from there" * bool(unfinished.lines)) from error
+        unfinished.finish()
+    console.print(f"{len(given)} answers in {escape(out)}")
 
 
-@contextmanager
-def _written_whole(target: Path) -> Iterator[TextIO]:
-    """A file that replaces `target` once all is written, and leaves nothing when something goes wrong."""
-    if target.is_dir():
-        raise UserError(f"--out {target} is a folder; name a file")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = temporary.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {target} cannot be written: {error.strerror}; name another place") from error
-    try:
-        with file:
-            yield file
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _work(opened: Opened, given: list[tuple[Any, list[int]]], settings: GenerateConfig) -> str:
+    """A name for all that the answers depend on: weights (by their files' sizes and times), prompts, stop tokens and settings."""
+    files = sorted(file for folder in {opened.path, opened.folder.path} for file in folder.glob("*.safetensors"))
+    weights = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    parts = [weights, opened.drawn, given, sorted(opened.stop), settings.model_dump()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def read_prompts(path: str, opened: Opened) -> list[tuple[Any, list[int]]]:
@@ -104,15 +108,26 @@ def line_of(prompt: Any, rollout: Rollout) -> dict[str, Any]:
 
 
 def answer(
-    model: LanguageModel, opened: Opened, prompts: list[list[int]], sampling: SamplingConfig, seeds: list[int], running: int = 64
+    model: LanguageModel,
+    opened: Opened,
+    prompts: list[list[int]],
+    sampling: SamplingConfig,
+    seeds: list[int],
+    running: int = 64,
+    finished: Callable[[int, Rollout], None] | None = None,
 ) -> list[Rollout]:
-    """Rollouts with their text (None without a tokenizer)."""
+    """Rollouts with their text (None without a tokenizer); `finished` is told each with its number as soon as it has ended."""
+    found: dict[int, Rollout] = {}
+
+    def ended(number: int, rollout: Rollout) -> None:
+        found[number] = replace(rollout, text=opened.tokenizer.decode(rollout.tokens)) if opened.tokenizer else rollout
+        if finished is not None:
+            finished(number, found[number])
+
     engine = Engine(model, running=running)
     with engine.hold():
-        rollouts = engine.generate(prompts, sampling_of(sampling, opened), seeds)
-    if opened.tokenizer is None:
-        return rollouts
-    return [replace(r, text=opened.tokenizer.decode(r.tokens)) for r in rollouts]
+        engine.generate(prompts, sampling_of(sampling, opened), seeds, ended)
+    return [found[i] for i in range(len(prompts))]
 
 
 def sampling_of(config: SamplingConfig, opened: Opened) -> Sampling:

@@ -1,0 +1,53 @@
+"""Answers on their way to a file. One rule: the file appears whole, and what was answered before a command ended early lies beside it."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Self
+
+from trueline.errors import UserError
+
+
+class Unfinished:
+    """Lines by number, kept beside `target` as they come. Only the same `work` finds them again: the name of all they are made from.
+
+    UserError when nothing can be written there, before there is anything to lose.
+    """
+
+    def __init__(self, target: Path, work: str):
+        if target.is_dir():
+            raise UserError(f"--out {target} is a folder; name a file")
+        self.target, self.place = target, target.with_name(f".{target.name}.{work}.unfinished")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.file = self.place.open("ab")
+        except OSError as error:
+            raise UserError(f"--out {target} cannot be written: {error.strerror}; name another place") from error
+        kept = self.place.read_bytes()
+        whole = kept[: kept.rfind(b"\n") + 1]  # a killed process leaves part of a line
+        os.truncate(self.place, len(whole))
+        self.lines: dict[int, Any] = dict(json.loads(line) for line in whole.splitlines())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def add(self, number: int, line: Any) -> None:
+        self.lines[number] = line
+        self.file.write(json.dumps([number, line], ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+
+    def finish(self) -> None:
+        """Puts all lines in their order into `target`, in place of what may be there."""
+        temporary = self.target.with_name(f".{self.target.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in sorted(self.lines.items()))
+            os.replace(temporary, self.target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.place.unlink()
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        if not self.lines:
+            self.place.unlink(missing_ok=True)
