@@ -25,7 +25,7 @@ def test_lines_come_back_by_number_and_end_in_order(tmp_path: Path) -> None:
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("torn", [b"[1, ", b"[1", b"\x00\x00"])
+@pytest.mark.parametrize("torn", [b"[1, ", b'[1, "two"]', b"\x00\x00\n", b'[1, "tw\n[2, "three"]\n'])
 def test_part_of_a_line_is_dropped(tmp_path: Path, torn: bytes) -> None:
     with Unfinished(tmp_path / "out", "a") as first:
         first.add(0, "zero")

@@ -23,10 +23,18 @@ class Unfinished:
             self.file = self.place.open("ab")
         except OSError as error:
             raise UserError(f"--out {target} cannot be written: {error.strerror}; name another place") from error
-        kept = self.place.read_bytes()
-        whole = kept[: kept.rfind(b"\n") + 1]  # a killed process leaves part of a line
-        os.truncate(self.place, len(whole))
-        self.lines: dict[int, Any] = dict(json.loads(line) for line in whole.splitlines())
+        self.lines: dict[int, Any] = {}
+        read = 0
+        for line in self.place.read_bytes().splitlines(keepends=True):
+            try:
+                number, found = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            self.lines[number] = found
+            read += len(line)
+        os.truncate(self.place, read)  # a killed process leaves part of a line, a machine that lost its power worse
 
     def __enter__(self) -> Self:
         return self
@@ -45,7 +53,7 @@ class Unfinished:
             os.replace(temporary, self.target)
         finally:
             temporary.unlink(missing_ok=True)
-        self.place.unlink()
+        self.place.unlink(missing_ok=True)  # the same command may have run twice at once
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
