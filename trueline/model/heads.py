@@ -66,7 +66,10 @@ class LinearLogProbability(torch.autograd.Function):
         kept, ctx.kept = ctx.kept, None  # type: ignore[attr-defined]
         left = len(hidden) - (0 if kept is None else len(kept))
         if kept is not None:
-            sums.add(left, hidden[left:], kept.mul_(grad[left:, None]))
+            for logits, slope in _blocks(kept, grad[left:]):
+                logits.copy_(_wide(logits).mul_(slope[:, None]))
+            sums.add(left, hidden[left:], kept)
+            del logits
         del kept  # before others are made
         again = _chunks(_rows_kept(weight), hidden[:left], weight, target[:left], grad[:left]) if left else ()
         for at, rows, change, wanted, slope in again:
