@@ -125,6 +125,8 @@ def test_text_that_the_terminal_cannot_show_does_not_end_the_command(tmp_path: P
         (PermissionError(errno.EACCES, "Permission denied", "out"), 1, "out: permission denied"),
         (MemoryError(), 1, "out of memory; lower batch.max_tokens"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
+        (type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("file too short"), 1,
+         "model.compile: torch's compiler failed (file too short); a killed run may have left a broken file: delete "),
         (KeyError("weight"), 1, "internal error: KeyError: 'weight'; this is trueline's mistake"),
     ],
 )
