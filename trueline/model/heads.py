@@ -29,7 +29,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 Loss = Callable[[Tensor, Tensor], Tensor]  # log p of some tokens, and their places in the batch, to a loss of each, all `[n]`
 
 
-def likelihood(logprobs: Tensor, at: Tensor) -> Tensor:
+def likelihood(logprobs: Tensor, at: object) -> Tensor:
     """The `Loss` that is log p itself."""
     return logprobs
 
@@ -83,21 +83,20 @@ class LinearLoss(torch.autograd.Function):
     """The sum over all rows of a loss of their `LinearLogProbability` alone, and that.
 
     The loss's slopes are then known before the backward pass, so both gradients are made in the forward pass from the same logits, which
-    need not be made twice; the backward pass scales them (as arXiv:2410.10989 does for cross entropy). `loss` gets row numbers as places.
+    need not be made twice; the backward pass scales them (as arXiv:2410.10989 does for cross entropy). `loss` gets its rows as a slice.
     """
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, loss: Loss
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, loss: Callable[[Tensor, slice], Tensor]
     ) -> tuple[Tensor, Tensor]:
         summed = hidden.new_zeros((), dtype=accumulation_dtype(hidden.dtype))
-        places = torch.arange(len(hidden), device=hidden.device)
         picked: list[Tensor] = []
 
         def slopes(at: int, found: Tensor, done: int) -> Tensor:
             logprobs = found.detach().requires_grad_()
             with torch.enable_grad():
-                value = loss(logprobs, places[at + done :][: len(found)]).sum()
+                value = loss(logprobs, slice(at + done, at + done + len(found))).sum()
             summed.add_(value.detach())
             return torch.autograd.grad(value, logprobs)[0]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from trueline.errors import UserError
+from trueline.train.run import write_whole
 
 
 class Unfinished:
@@ -46,13 +47,7 @@ class Unfinished:
 
     def finish(self) -> None:
         """Puts all lines in their order into `target`, in place of what may be there."""
-        temporary = self.target.with_name(f".{self.target.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for _, line in sorted(self.lines.items()))
-            os.replace(temporary, self.target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(self.target, (json.dumps(self.lines[number], ensure_ascii=False) + "\n" for number in sorted(self.lines)))
         self.place.unlink(missing_ok=True)  # the same command may have run twice at once
 
     def __exit__(self, *_: object) -> None:

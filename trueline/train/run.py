@@ -350,12 +350,12 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     return {name: value for key, branch in tree.items() for name, value in flat(branch, f"{prefix}{key}.").items()}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replaces `path` by `text` at once: whoever reads it sees the old text or the new."""
-    part = path.with_name(path.name + ".tmp")
+def write_whole(path: Path, text: str | Iterable[str]) -> None:
+    """Replaces `path` by `text`, or pieces of it, at once: whoever reads it sees the old text or the new."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with part.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines((text,) if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
