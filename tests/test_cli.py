@@ -127,6 +127,10 @@ def test_text_that_the_terminal_cannot_show_does_not_end_the_command(tmp_path: P
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
         (type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})("file too short"), 1,
          "model.compile: torch's compiler failed (file too short); a killed run may have left a broken file: delete "),
+        (type("BackendFailed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})("backend='x' raised:\nImportError: short"), 1,
+         "model.compile: torch's compiler failed (ImportError: short); a killed run may have left a broken file: delete /kept, or "),
+        (ImportError("/kept/cd.main.so: too short"), 1,
+         "model.compile: torch's compiler failed (/kept/cd.main.so: too short); a killed run may have left a broken file: delete /kept, "),
         (KeyError("weight"), 1, "internal error: KeyError: 'weight'; this is trueline's mistake"),
     ],
 )
@@ -141,6 +145,7 @@ def test_exit_codes(
     monkeypatch.setattr(cli, "_recipe", lambda name: Recipe)
     monkeypatch.setattr(sys, "argv", ["trueline", "demo"])
     monkeypatch.delenv("TRUELINE_DEBUG", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/kept")
     assert exit_code() == code
     shown = capsys.readouterr().err
     assert shown.startswith(words) and "Traceback" not in shown and len(shown.splitlines()) <= 1

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from trueline import __version__
-from trueline.errors import Interrupted, RunError, UserError, disk_full, out_of_memory
+from trueline.errors import Interrupted, RunError, UserError, compiler_failed, disk_full, first_words, out_of_memory
 
 app = typer.Typer(
     help="Align language models: fine-tuning, reward models, PPO and DPO, and everything around them.",
@@ -312,9 +312,9 @@ def _sentence(error: Exception) -> str:
     if out_of_memory(error):
         return "out of memory; lower batch.max_tokens (or rollout.running), set model.recompute=true, or train an adapter"
     first = str(error).strip().partition("\n")[0]
-    if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+    if compiler_failed(error):
         kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "its cache")
         remedy = f"a killed run may have left a broken file: delete {kept}, or set model.compile=false"
-        return f"model.compile: torch's compiler failed ({first}); {remedy}"
+        return f"model.compile: torch's compiler failed ({first_words(error)}); {remedy}"
     report = "run again with TRUELINE_DEBUG=1 and report it with the traceback"
     return f"internal error: {type(error).__name__}{f': {first}' if first else ''}; this is trueline's mistake: {report}"

@@ -5,6 +5,7 @@
 """
 
 import errno
+import os
 from collections.abc import Iterable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,3 +46,15 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out: Python's, an accelerator's (by name: this floor has no torch), or the CPU allocator's."""
     said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in said)
+
+
+def compiler_failed(error: BaseException) -> bool:
+    """Whether torch's compiler failed, or a file that it keeps: by names, as above."""
+    kept = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    return type(error).__module__.startswith(("torch._inductor", "torch._dynamo")) or bool(kept) and str(kept) in str(error)
+
+
+def first_words(error: BaseException) -> str:
+    """The first line of what `error` says, past the one in which torch's compiler says that something was raised; or its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
+    return lines[0] if lines else type(error).__name__

@@ -40,7 +40,7 @@ def test_an_embedding_s_rows_give_the_same_gradient(tied: bool) -> None:
     assert others == pytest.approx(values, abs=1e-12)
 
 
-def test_two_ranks_give_the_same_gradient() -> None:
+def test_two_ranks_give_the_same_gradient(tmp_path: Path) -> None:
     """gloo, uneven shares: one rank has two micro-batches of four pairs in all, the other two of two."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,9 +56,10 @@ def test_two_ranks_give_the_same_gradient() -> None:
         }
         command = [sys.executable, "-m", "tests.invariants.two_ranks"]
         root = Path(__file__).resolve().parents[2]
-        ranks.append(subprocess.Popen(command, env=environment, cwd=root, stdout=subprocess.PIPE, text=True))
-    answers = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0]
+        with (tmp_path / str(rank)).open("w") as file:  # a pipe that nobody reads yet would hold one rank up while the other leaves
+            ranks.append(subprocess.Popen(command, env=environment, cwd=root, stdout=file))
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    answers = [json.loads((tmp_path / str(rank)).read_text().splitlines()[-1]) for rank in range(2)]
     whole, values = gradients([pairs()], World())
     for found, metrics in answers:
         assert largest_difference(whole, {name: torch.tensor(g, dtype=torch.float64) for name, g in found.items()}) < 1e-12

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trueline.errors import UserError
+from trueline.errors import UserError, first_words
 
 
 @cache
@@ -33,14 +33,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def check_compiler(device: torch.device) -> None:
     """UserError where nothing can be compiled for `device`: found out by compiling a line. What is compiled is kept in the user's own
     folder: torch's default is in the temporary one, where on a shared machine anybody can lay libraries that are loaded."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/trueline/compiled").expanduser()))
+    kept = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/trueline/compiled").expanduser()))
     try:
         torch.compile(_line)(torch.ones(8, device=device))
     except (RuntimeError, OSError) as error:
-        lines = [line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")]
         raise UserError(
-            f"model.compile: true needs a compiler, and a trial failed ({lines[0] if lines else type(error).__name__}); "
-            "install g++ (and Triton for a GPU), or set model.compile=false"
+            f"model.compile: true needs a compiler, and a trial failed ({first_words(error)}); "
+            f"install g++ (and Triton for a GPU), delete {kept} if a killed run left a broken file there, or set model.compile=false"
         ) from error
 
 
