@@ -20,19 +20,26 @@ AHEAD = 64  # columns reserved ahead, at least: growing copies
 PAGE = 16  # tokens; half of it is what a request leaves unused on average
 
 
+def whole(tokens: int) -> int:
+    """`tokens` and what is left of the last page: so many columns are stored and read, for products of other sizes are slower."""
+    return -(-tokens // PAGE) * PAGE
+
+
 class Slots:
     """Keys and values `[L, rows, G, columns, d]`: a row per request, a column per token.
 
-    Every number in it is finite, also where no token lies: a masked value counts 0 times itself.
+    Every number in it is finite, also where no token lies: a masked value counts 0 times itself. `beside`: a channel's keys lie side by
+    side, not a key's channels; on a CPU batched products of few queries then take less time.
     """
 
     table: Tensor | None = None  # rows are where they are
     free = total = 2**62  # never short: it is chosen where the longest requests fit
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device):
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device, beside: bool = False):
         shape = (config.num_layers, 0, config.num_kv_heads, 0, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.beside = beside
 
     def price(self, length: int, shared: int = 0) -> int:
         """Pages that a request of `length` tokens needs for itself when it joins one that has its first `shared`."""
@@ -49,11 +56,12 @@ class Slots:
         if rows <= old_rows and columns <= old_columns:
             return
         if columns > old_columns:
-            columns = max(columns, min(columns + max(columns // 2, AHEAD), limit))
+            columns = whole(max(columns, min(columns + max(columns // 2, AHEAD), limit)))
         shape = (layers, max(rows, old_rows), heads, max(columns, old_columns), size)
         for name in ("keys", "values"):  # one after the other: only one of them is held twice
             old = getattr(self, name)
-            new = old.new_zeros(shape)
+            beside = self.beside and name == "keys"
+            new = old.new_zeros((*shape[:3], size, shape[3])).transpose(3, 4) if beside else old.new_zeros(shape)
             new[:, :old_rows, :, :old_columns] = old
             setattr(self, name, new)
 
@@ -83,20 +91,22 @@ class Slots:
 
     def views(self, index: Tensor, length: int) -> "Views":
         """Of rows 0 .. N - 1, whose newest tokens are number `index` `[N]` and whose past has at most `length` tokens."""
-        rows, heads, columns = self.keys.shape[1:4]
+        heads, columns = self.keys.shape[2:4]
         past_keys, past_values = (x[:, : len(index), :, :length].flatten(1, 2) for x in (self.keys, self.values))
-        places = torch.arange(0, rows * heads * columns, columns)[: len(index) * heads] + index.repeat_interleave(heads)
-        keys, values = (x.flatten(1, 3).unbind() for x in (self.keys, self.values))
-        return Views(keys, values, places, past_keys.transpose(2, 3).unbind(), past_values.unbind())
+        own, newest = torch.arange(len(index) * heads), index.repeat_interleave(heads)
+        keys, values = self.keys.flatten(1, 2).unbind(), self.values.flatten(1, 3).unbind()
+        return Views(keys, values, own, newest, own * columns + newest, past_keys.transpose(2, 3).unbind(), past_values.unbind())
 
 
 @dataclass(frozen=True)
 class Views:
     """Each layer's part of slots, cut once for all layers of a step on a CPU, where cutting takes as long as computing."""
 
-    keys: tuple[Tensor, ...]  # all there is [rows x G x columns, d]
-    values: tuple[Tensor, ...]
-    places: Tensor  # of the newest keys and values among them [N x G]
+    keys: tuple[Tensor, ...]  # all there is [rows x G, columns, d]
+    values: tuple[Tensor, ...]  # [rows x G x columns, d]
+    own: Tensor  # 0 .. N x G - 1
+    newest: Tensor  # column of the newest key of each [N x G]
+    places: Tensor  # of the newest values among all [N x G]
     past_keys: tuple[Tensor, ...]  # [N x G, d, length]
     past_values: tuple[Tensor, ...]  # [N x G, length, d]
 
@@ -199,22 +209,23 @@ def needs_pages(bytes_per_token: int, budget: int, lengths: list[int], running: 
     A slot is as long as the longest request: it wastes what answers leave unused, and costs nothing to find: taken where it fits.
     """
     rows = min(running, len(lengths))
-    return rows * max(lengths, default=0) * bytes_per_token > budget
+    return rows * whole(max(lengths, default=0)) * bytes_per_token > budget
 
 
 def make_memory(config: DecoderConfig, dtype: torch.dtype, device: torch.device, lengths: list[int], running: int, budget: int) -> Memory:
     """Slots or pages for `running` requests at a time, of at most `lengths` tokens. RunError if one has no room in `budget`."""
     each = bytes_per_token(config, dtype)
     if not needs_pages(each, budget, lengths, running):
-        return Slots(config, dtype, device)
-    longest = -(-max(lengths) // PAGE) * PAGE * each
+        # the kernel reads a key's channels side by side
+        return Slots(config, dtype, device, device.type == "cpu" and kernel_for(torch.empty(0, dtype=dtype, device=device)) is None)
+    longest = whole(max(lengths)) * each
     if longest > budget:
         raise RunError(
             f"keys and values of a request of {max(lengths)} tokens take {longest / 2**20:.1f} MiB, and {budget / 2**20:.1f} MiB are there "
             "for them; lower sampling.max_new_tokens, or raise rollout.memory"
         )
     # no more than all requests can fill
-    return Pages(config, dtype, device, min(budget, sum(-(-n // PAGE) * PAGE * each for n in sorted(lengths)[-running:])))
+    return Pages(config, dtype, device, min(budget, sum(whole(n) * each for n in sorted(lengths)[-running:])))
 
 
 @dataclass(frozen=True)
@@ -266,11 +277,11 @@ class Decode:
 
     @staticmethod
     def of(index: Tensor, longest: int, memory: Memory, windows: set[int | None], front: int = 0, places: Tensor | None = None) -> "Decode":
-        """`index` `[N]`: each token's in its sequence; `longest` is 1 + the largest, known without asking the device.
+        """`index` `[N]`: each token's in its sequence; `longest` is 1 + the largest, or more, known without asking the device.
 
         `front`: tokens of the learned prefix. `places` `[N, 2]` makes two rows of positions (`layout.block_positions`).
         """
-        device, dtype = memory.keys.device, memory.keys.dtype
+        device, dtype, longest = memory.keys.device, memory.keys.dtype, whole(longest)
         positions = index if places is None else block_positions(index, places)
         masks = {}
         for window in windows if front or kernel_for(memory.keys) is None else ():
@@ -307,7 +318,7 @@ class Decode:
         views = self.views
         assert views is not None
         shared = heads.shape[1] - 2
-        views.keys[layer].index_copy_(0, views.places, heads[:, shared])
+        views.keys[layer].index_put_((views.own, views.newest), heads[:, shared])
         views.values[layer].index_copy_(0, views.places, heads[:, shared + 1])
         return attend_past(heads[:, :shared], views.past_keys[layer], views.past_values[layer], self.masks[window].flatten(0, 1))
 

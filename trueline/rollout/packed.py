@@ -1,9 +1,9 @@
 """A decoder packed for the length of one `hold()`, on the CPU. One rule: it is made anew at every hold, so it is never stale.
 
 The same network as `Decoder`, with fewer and faster steps: LoRA folded into the matrices, q, k and v in one, each matrix in the order in
-which oneDNN's kernel reads it, and residuals, SwiGLU and rotary embedding done in place of a pass of their own. In float32 the norms'
-weights are folded in too. In bfloat16 only the matrices and what goes in and out of them have 16 bits: all between them, and keys and
-values, is float32, so it rounds less than the decoder does.
+which oneDNN's kernel reads it (`Linear`), and residuals, SwiGLU and rotary embedding done in place of a pass of their own. In float32
+norms' weights are folded in too. In bfloat16 only the matrices and what goes in and out of them have 16 bits: all between them, and keys
+and values, is float32, so it rounds less than the decoder does.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,7 @@ from trueline.parallel.world import fast_bfloat16
 from trueline.rollout.memory import Decode
 
 PAYS = 16  # tokens: packing costs as much time as it saves in about so many steps, on 25 million weights and 16 to 64 requests
+SLOWER = 1024  # rows: packing costs as much time as it saves in about so many, on 25 million weights and AVX2
 LARGE, SMALL = 256, 64  # rows a kernel is called with, or fewer than `SMALL`
 # rows are filled up to a multiple of this. A kernel is compiled for each number of rows, in about a millisecond, and forgotten when
 # training in bfloat16 has compiled a thousand others; AMX takes 16 rows in the time of one. In float32 each row takes time of its own
@@ -36,8 +37,50 @@ def can_pack(decoder: Decoder) -> bool:
     return built and whole and weight.device.type == "cpu" and known
 
 
+def turned_pays() -> bool:
+    """Whether this CPU multiplies 8, 16, 24 or 32 rows sooner the other way about (`Linear`): with AVX2. Others were not measured."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+class Linear:
+    """Weight `[out, in]` and bias `[out]` in oneDNN's order; or, `turned`, the float32 weight as it lies, until packing has paid.
+
+    Turned, the product is weight x states, not states x weight: oneDNN reads every weight once for all rows. Where so many rows fill its
+    registers that is faster than packed weights, and nothing is copied. Others are a little slower: after `SLOWER` of them the weight is
+    packed. What a turned product gives, and what it adds to, lies channel by channel: a view `[T, out]` of `[out, T]`.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, turned: bool = False):
+        self.bias, self.slower = bias, 0
+        self.turned = weight.detach() if turned and bias is None else None
+        self.packed = None if self.turned is not None else _pack(weight)
+
+    def __call__(self, x: Tensor, then: str = "none", form: str = "") -> Tensor:
+        """Of `x` `[T, in]`, however it lies: the linear, then "swish", "gelu" or "none"."""
+        if (packed := self._packed(len(x))) is not None:
+            return _linear(x.contiguous(), packed, self.bias, then, form)
+        return _linear(cast(Tensor, self.turned), x, None, then, form).t()
+
+    def combine(self, x: Tensor, other: Tensor, how: str) -> Tensor:
+        """The linear of `x`, "add" or "mul" `other` `[T, out]`."""
+        if (packed := self._packed(len(x))) is not None:
+            return _linear_with(x.contiguous(), other.contiguous(), packed, self.bias, how)
+        return _linear_with(cast(Tensor, self.turned), other.t().contiguous(), x, None, how).t()
+
+    def _packed(self, rows: int) -> Tensor | None:
+        """The packed weight where it is to multiply so many rows."""
+        if self.turned is None:
+            return self.packed
+        if rows % 8 == 0 and rows <= 32:
+            return None
+        self.slower += rows
+        if self.packed is None and self.slower > SLOWER:
+            self.packed = _pack(self.turned)
+        return self.packed
+
+
 class PackedDecoder(nn.Module):
-    """`decoder` as `role` uses it. `head` belongs to this forward: in float32 it carries the weight of the final norm."""
+    """`decoder` as `role` uses it. `head` belongs to this forward: it may carry the weight of the final norm."""
 
     stored = torch.float32  # keys and values
 
@@ -49,8 +92,9 @@ class PackedDecoder(nn.Module):
         self.order = _channel_order(config)
         self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order) for block in decoder.layers)
         weight = cast(nn.Linear, decoder.head).weight
-        self.end, after = _fold(decoder.norm, config, weight.dtype)
-        self.head = PackedHead(weight if after is None else weight * after)
+        turned = weight.dtype == torch.float32 and turned_pays()
+        self.end, after = _fold(decoder.norm, config, weight.dtype == torch.float32 and not turned)
+        self.head = PackedHead(weight if after is None else weight * after, turned)
         self.turns = torch.empty(0)
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
         self.prefix = None if prefix is None else (prefix.keys.detach()[..., self.order].float(), prefix.values.detach().float())
@@ -93,17 +137,20 @@ class PackedBlock(nn.Module):
         weight, bias = (self._grouped([merged[name][part] for name in "qkv"]) for part in (0, 1))
         assert weight is not None
         self.residual_scale = config.residual_scale
-        self.attention_norm, into = _fold(block.attention_norm, config, self.dtype)
-        self.mlp_norm, after = _fold(block.mlp_norm, config, self.dtype)
+        turned = self.wide and turned_pays()
+        self.attention_norm, into = _fold(block.attention_norm, config, self.wide)
+        self.mlp_norm, after = _fold(block.mlp_norm, config, self.wide and not turned)
 
-        def pack(weight: Tensor, columns: Tensor | None = None) -> Tensor:
-            return _pack((weight if columns is None else weight * columns).to(self.dtype))
+        def linear(name: str, columns: Tensor | None = None) -> Linear:
+            weight, bias = merged[name]
+            trained = getattr(attention if name == "o" else mlp, name).weight
+            # a merged weight would be kept twice
+            own = turned and weight.data_ptr() == trained.data_ptr()
+            return Linear((weight if columns is None else weight * columns).to(self.dtype), bias, own)
 
-        self.qkv = pack(weight, into), bias
-        self.o = pack(merged["o"][0]), merged["o"][1]
-        self.gate = (pack(merged["gate"][0], after), merged["gate"][1]) if config.gated else None
-        self.up = pack(merged["up"][0], after), merged["up"][1]
-        self.down = pack(merged["down"][0]), merged["down"][1]
+        self.qkv = Linear((weight if into is None else weight * into).to(self.dtype), bias)
+        self.o, self.up, self.down = linear("o"), linear("up", after), linear("down")
+        self.gate = linear("gate", after) if config.gated else None
         self.head_norms: Tensor | None = None  # [H / G + 1, d]: a query's or key's own norm
         if config.qk_norm:
             norms = ((attention.q_norm, self.shared), (attention.k_norm, 1))
@@ -138,7 +185,7 @@ class PackedBlock(nn.Module):
         return torch.cat([cast(Tensor, part).unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
 
     def _before(self, x: Tensor) -> Tensor:
-        return _linear(self.attention_norm(x).to(self.dtype), *self.qkv)
+        return self.qkv(self.attention_norm(x).to(self.dtype))
 
     def _after(self, seen: Tensor, x: Tensor) -> Tensor:
         kept = x if self.residual_scale is None else self.residual_scale * self.attention_norm(x)
@@ -147,28 +194,28 @@ class PackedBlock(nn.Module):
         kept = x if self.residual_scale is None else self.residual_scale * normed
         normed = normed.to(self.dtype)
         if self.gate is None:
-            product = _linear(normed, *self.up, "gelu", "tanh")
+            product = self.up(normed, "gelu", "tanh")
         else:
-            product = _linear_with(normed, _linear(normed, *self.gate, "swish"), *self.up, "mul")
+            product = self.up.combine(normed, self.gate(normed, "swish"), "mul")
         return self._add(kept, product, self.down, 1)
 
-    def _add(self, kept: Tensor, x: Tensor, linear: tuple[Tensor, Tensor | None], half: int) -> Tensor:
+    def _add(self, kept: Tensor, x: Tensor, linear: Linear, half: int) -> Tensor:
         """`kept` + the linear of `x`; the kernel adds where both are float32."""
         if self.post_norms is not None:
-            return kept + self.post_norms[half](_linear(x, *linear).float())
-        return _linear_with(x, kept, *linear, "add") if self.wide else kept + _linear(x, *linear)
+            return kept + self.post_norms[half](linear(x).float())
+        return linear.combine(x, kept, "add") if self.wide else kept + linear(x)
 
 
 class PackedHead(nn.Module):
     """`Decoder.head` after the final norm."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, turned: bool):
         super().__init__()
-        self.weight, self.dtype = _pack(weight), weight.dtype
+        self.linear, self.dtype = Linear(weight, turned=turned), weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         rows = _fill(x, self.dtype)
-        return _by_pieces(lambda part: _linear(part, self.weight, None), _pieces(len(rows)), rows.to(self.dtype))[: len(x)]
+        return _by_pieces(self.linear, _pieces(len(rows)), rows.to(self.dtype))[: len(x)]
 
 
 class Scale:
@@ -182,8 +229,8 @@ class Scale:
         return scaled if self.weight is None else scaled.mul_(self.weight)
 
 
-def _fold(norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-    """What is done to a state, and what the columns of the matrices that follow are multiplied by.
+def _fold(norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig, into: bool) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+    """What is done to a state, and what the columns of the matrices that follow are multiplied by, where a norm's weight goes `into` them.
 
     A LayerNorm stays what it is. bfloat16 matrices stay what they are: multiplied, they would be rounded a second time.
     """
@@ -191,7 +238,7 @@ def _fold(norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig, dtype: torch.d
         return _plain_norm(norm), None
     root = config.hidden_size**0.5
     weight = norm.weight.detach().float() * root
-    return (Scale(root, config.norm_eps), weight) if dtype == torch.float32 else (Scale(root, config.norm_eps, weight), None)
+    return (Scale(root, config.norm_eps), weight) if into else (Scale(root, config.norm_eps, weight), None)
 
 
 def _plain_norm(norm: nn.Module) -> Callable[[Tensor], Tensor]:

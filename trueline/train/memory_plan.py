@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from trueline.rollout.memory import AHEAD
+from trueline.rollout.memory import AHEAD, whole
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ def key_value_bytes(layers: int, heads: int, head_dim: int, itemsize: int, rows:
     It grows by half of what it has, and while it does, the old of keys or values is held beside the new (`rollout/memory.py`).
 
     >>> key_value_bytes(layers=1, heads=1, head_dim=1, itemsize=1, rows=1, prompt=100, longest=150)
-    300
+    304
     """
     column = layers * heads * head_dim * itemsize * rows
     columns, most = 0, 0
     for needed in range(prompt, longest + 1):
         if needed > columns:
-            grown = max(needed, min(needed + max(needed // 2, AHEAD), longest))
+            grown = whole(max(needed, min(needed + max(needed // 2, AHEAD), longest)))
             most, columns = max(most, columns + 2 * grown), grown
     return most * column
 
