@@ -17,7 +17,7 @@ from trueline.model.rotary import RopeScaling
 from trueline.parallel.world import fast_bfloat16
 from trueline.rollout import packed as packed_module
 from trueline.rollout.engine import Engine
-from trueline.rollout.packed import PAYS, SLOWER, STEPS, Linear, PackedDecoder, can_pack
+from trueline.rollout.packed import PAYS, SLOWER, STEPS, Linear, PackedDecoder, can_pack, turned_pays
 from trueline.rollout.sampling import Sampling
 
 CONFIG = DecoderConfig(vocab_size=70, hidden_size=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, mlp_size=40, init_std=0.3)
@@ -83,7 +83,7 @@ def difference(decoder: Decoder, role: str | None, lengths: list[int]) -> float:
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("config", CONFIGS)
 def test_packed_logits_are_the_decoders(config: str, adapter: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_module, "turned_pays", lambda: turned)
+    monkeypatch.setattr(packed_module, "turned_pays", lambda decoder: turned)
     decoder, role = make(CONFIGS[config], adapter)
     assert can_pack(decoder)
     lengths = [5, 1, 6, 4] if turned else [5, 1, 9, 4]
@@ -96,7 +96,7 @@ def test_packed_logits_are_the_decoders(config: str, adapter: str, turned: bool,
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 32, 63, 64, 65, 200, 256, 257, 333, 600])
 def test_any_number_of_rows(rows: int, step: int, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STEPS, torch.float32, step)
-    monkeypatch.setattr(packed_module, "turned_pays", lambda: turned)
+    monkeypatch.setattr(packed_module, "turned_pays", lambda decoder: turned)
     monkeypatch.setattr(packed_module, "SLOWER", 300)  # the larger ones are packed on the way
     decoder, _ = make(CONFIG)
     assert difference(decoder, None, [1] * (rows % 50) + [rows - rows % 50] * (rows >= 50)) < 2e-5
@@ -119,6 +119,16 @@ def test_a_linear_is_one_however_it_is_multiplied(rows: int, how: str) -> None:
                 torch.testing.assert_close(linear(lying(x)).double(), plain, rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(linear(lying(x), "swish").double(), F.silu(plain), rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(linear.combine(lying(x), lying(other), how).double(), after, rtol=1e-5, atol=1e-5)
+
+
+def test_where_turning_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(capability: str, dtype: torch.dtype = torch.float32, layers: int = 40) -> bool:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        with torch.device("meta"):
+            return turned_pays(Decoder(replace(CONFIG, hidden_size=256, mlp_size=256, num_layers=layers)).to(dtype))
+
+    assert found("AVX2") and not found("AVX512") and not found("DEFAULT")
+    assert not found("AVX2", torch.bfloat16) and not found("AVX2", layers=20)
 
 
 def test_a_weight_is_packed_once_that_pays() -> None:
@@ -162,7 +172,7 @@ def storages(module: torch.nn.Module) -> dict[int, int]:
 @pytest.mark.parametrize("adapter", ["base", "lora"])
 def test_handing_the_weights_over(adapter: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without packing nothing is copied; with it each matrix once, LoRA merged into it. Turned, only what is merged, and q, k and v."""
-    monkeypatch.setattr(packed_module, "turned_pays", lambda: turned)
+    monkeypatch.setattr(packed_module, "turned_pays", lambda decoder: turned)
     decoder, role = make(replace(CONFIG, hidden_size=64, mlp_size=192, head_dim=16, num_heads=4, num_layers=3), adapter)
     trained = storages(decoder)
     for packed, sampling in ((False, Sampling(40)), (True, Sampling(PAYS - 1)), (True, Sampling(PAYS))):

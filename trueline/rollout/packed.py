@@ -22,6 +22,7 @@ from trueline.rollout.memory import Decode
 
 PAYS = 16  # tokens: packing costs as much time as it saves in about so many steps, on 25 million weights and 16 to 64 requests
 SLOWER = 1024  # rows: packing costs as much time as it saves in about so many, on 25 million weights and AVX2
+CACHE = 2**25  # bytes: of all layers' weights, read again in each step; between 18 MB, where turning costs, and 68 MB, where it pays
 LARGE, SMALL = 256, 64  # rows a kernel is called with, or fewer than `SMALL`
 # rows are filled up to a multiple of this. A kernel is compiled for each number of rows, in about a millisecond, and forgotten when
 # training in bfloat16 has compiled a thousand others; AMX takes 16 rows in the time of one. In float32 each row takes time of its own
@@ -37,9 +38,13 @@ def can_pack(decoder: Decoder) -> bool:
     return built and whole and weight.device.type == "cpu" and known
 
 
-def turned_pays() -> bool:
-    """Whether this CPU multiplies 8, 16, 24 or 32 rows sooner the other way about (`Linear`): with AVX2. Others were not measured."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX2"
+def turned_pays(decoder: Decoder) -> bool:
+    """Whether this CPU multiplies 8, 16, 24 or 32 rows sooner the other way about (`Linear`).
+
+    With AVX2, in float32, by more weights than its cache holds: fewer are a tenth slower. Other CPUs were not measured.
+    """
+    known = torch.backends.cpu.get_cpu_capability() == "AVX2" and decoder.embed.weight.dtype == torch.float32
+    return known and sum(p.nbytes for p in decoder.layers.parameters()) > CACHE
 
 
 class Linear:
@@ -90,9 +95,9 @@ class PackedDecoder(nn.Module):
         config = self.config = decoder.config
         self.embed = decoder.embed
         self.order = _channel_order(config)
-        self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order) for block in decoder.layers)
+        turned = turned_pays(decoder)
+        self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order, turned) for block in decoder.layers)
         weight = cast(nn.Linear, decoder.head).weight
-        turned = weight.dtype == torch.float32 and turned_pays()
         self.end, after = _fold(decoder.norm, config, weight.dtype == torch.float32 and not turned)
         self.head = PackedHead(weight if after is None else weight * after, turned)
         self.turns = torch.empty(0)
@@ -123,7 +128,7 @@ class PackedDecoder(nn.Module):
 class PackedBlock(nn.Module):
     """`decoder.Block` on rows filled up as `STEPS` says."""
 
-    def __init__(self, block: Block, role: str | None, config: DecoderConfig, order: Tensor):
+    def __init__(self, block: Block, role: str | None, config: DecoderConfig, order: Tensor, turned: bool):
         super().__init__()
         attention, mlp = block.attention, block.mlp
         self.layer, self.head_dim, self.window, self.eps = attention.layer, config.head_dim, attention.window, config.norm_eps
@@ -137,7 +142,6 @@ class PackedBlock(nn.Module):
         weight, bias = (self._grouped([merged[name][part] for name in "qkv"]) for part in (0, 1))
         assert weight is not None
         self.residual_scale = config.residual_scale
-        turned = self.wide and turned_pays()
         self.attention_norm, into = _fold(block.attention_norm, config, self.wide)
         self.mlp_norm, after = _fold(block.mlp_norm, config, self.wide and not turned)
 
