@@ -40,7 +40,7 @@ def key_value_bytes(layers: int, heads: int, head_dim: int, itemsize: int, rows:
     It grows by half of what it has, and while it does, the old of keys or values is held beside the new (`rollout/memory.py`).
 
     >>> key_value_bytes(layers=1, heads=1, head_dim=1, itemsize=1, rows=1, prompt=100, longest=150)
-    304
+    320
     """
     column = layers * heads * head_dim * itemsize * rows
     columns, most = 0, 0
