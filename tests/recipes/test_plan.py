@@ -68,16 +68,17 @@ def planned(stage: str, given: list[str], calibrate: bool = False) -> dict[str, 
 
 CASES = [
     ("sft", "qwen2", "full", "float32", "float32", "false"),
-    ("reward", "glm", "full", "bfloat16", "int8", "true"),
+    ("reward", "glm", "full", "float32", "float32", "true"),
     ("dpo", "qwen2", "lora", "float32", "float32", "false"),
     ("ppo", "qwen2", "lora", "float32", "float32", "false"),
 ]
-MORE = [("dpo", "qwen2", "lora", "bfloat16", "float32", "false")]
+MORE = [("dpo", "qwen2", "lora", "bfloat16", "float32", "false"), ("reward", "glm", "full", "bfloat16", "int8", "true")]
 MORE += [
     (stage, family, kind, dtype, states, recompute)
     for stage in STAGES
     for family, kind in (("qwen2", "full"), ("glm", "lora"), ("glm", "full"))
     for dtype, states, recompute in (("float32", "float32", "true"), ("bfloat16", "float32", "false"), ("bfloat16", "bfloat16", "true"))
+    if (stage, family, kind, dtype, states, recompute) not in CASES
 ]
 
 
