@@ -122,6 +122,21 @@ def test_a_linear_is_one_however_it_is_multiplied(rows: int, how: str) -> None:
                 torch.testing.assert_close(linear.combine(lying(x), lying(other), how).double(), after, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
+def test_turned_products_answer_as_others_do(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the engine, with 8 requests at once: logits that lie token by token are drawn from alike."""
+    decoder, role = make(CONFIG)
+    prompts, sampling, found = [[i + 1, 2] for i in range(8)], Sampling(PAYS, temperature=temperature, top_k=20), []
+    for turned in (False, True):
+        monkeypatch.setattr(packed_module, "turned_pays", lambda decoder, turned=turned: turned)
+        engine = Engine(LanguageModel(decoder, role))
+        with engine.hold():
+            found.append(engine.generate(prompts, sampling, list(range(8))))
+            assert isinstance(engine.decoder, PackedDecoder) and (engine.decoder.head.linear.turned is not None) is turned
+    assert [r.tokens for r in found[0]] == [r.tokens for r in found[1]]
+    assert [r.logprobs for r in found[0]] == [pytest.approx(r.logprobs, abs=1e-4) for r in found[1]]
+
+
 def test_where_turning_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     def found(capability: str, dtype: torch.dtype = torch.float32, layers: int = 40) -> bool:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)

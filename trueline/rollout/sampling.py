@@ -68,6 +68,7 @@ def draw(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> tuple[Tensor, 
     if sampling.temperature == 0:
         top, tokens = logits.max(-1)  # on a CPU a third of argmax's time
         return tokens, -logits.sub_(top[:, None]).exp_().sum(-1).log()  # log-sum-exp, whose maximum is known
+    logits = logits.contiguous()  # a product may lay them token by token, where sums over a vocabulary are several times slower
     if sampling.temperature != 1:
         logits /= sampling.temperature
     # not softmax: in place, nothing of the vocabulary's size is made
