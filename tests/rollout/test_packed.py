@@ -17,7 +17,19 @@ from trueline.model.rotary import RopeScaling
 from trueline.parallel.world import fast_bfloat16
 from trueline.rollout import packed as packed_module
 from trueline.rollout.engine import Engine
-from trueline.rollout.packed import PAYS, SLOWER, STEPS, Linear, PackedDecoder, can_pack, turned_pays
+from trueline.rollout.memory import Pages, Slots
+from trueline.rollout.native import kernels
+from trueline.rollout.packed import (
+    FEW,
+    PAYS,
+    STEPS,
+    NativeLinear,
+    PackedDecoder,
+    PackedLinear,
+    can_pack,
+    copied_bytes,
+    native_for,
+)  # fmt: skip
 from trueline.rollout.sampling import Sampling
 
 CONFIG = DecoderConfig(vocab_size=70, hidden_size=24, num_layers=2, num_heads=6, num_kv_heads=2, head_dim=8, mlp_size=40, init_std=0.3)
@@ -46,6 +58,14 @@ ADAPTERS = {
     "some_lora": AdapterConfig(kind="lora", rank=2, targets=("k", "down")),
     "ptuning": AdapterConfig(kind="ptuning", tokens=5),
 }
+
+
+needs_native = pytest.mark.skipif(kernels() is None, reason="no C compiler, or not a CPU that native.c was tried on")
+
+
+def grown(config: DecoderConfig) -> DecoderConfig:
+    """Of sizes that native.c takes, head for head and channel for channel what `config` has."""
+    return replace(config, hidden_size=32, head_dim=16, mlp_size=48, rope_dim=config.rope_dim and 2 * config.rope_dim, init_std=0.25)
 
 
 def make(config: DecoderConfig, adapter: str = "base") -> tuple[Decoder, str | None]:
@@ -79,85 +99,83 @@ def difference(decoder: Decoder, role: str | None, lengths: list[int]) -> float:
     return float(max(gaps) / expected.std())
 
 
-@pytest.mark.parametrize(
-    ("adapter", "turned"), [*((adapter, False) for adapter in ADAPTERS), ("base", True), ("some_lora", True)]
-)  # what LoRA was merged into is not turned
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)], ids=["packed", "native"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
 @pytest.mark.parametrize("config", CONFIGS)
-def test_packed_logits_are_the_decoders(config: str, adapter: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_module, "turned_pays", lambda decoder: turned)
-    decoder, role = make(CONFIGS[config], adapter)
-    assert can_pack(decoder)
-    lengths = [5, 1, 6, 4] if turned else [5, 1, 9, 4]
-    assert difference(decoder, role, lengths) < 2e-5
+def test_packed_logits_are_the_decoders(config: str, adapter: str, native: bool) -> None:
+    decoder, role = make(grown(CONFIGS[config]) if native else CONFIGS[config], adapter)
+    assert can_pack(decoder) and (native_for(decoder) is not None) is native
+    assert difference(decoder, role, [5, 1, 9, 4]) < 2e-5
     if role is not None:
-        assert difference(decoder, None, lengths) < 2e-5  # without the role, without its adapter
+        assert difference(decoder, None, [5, 1, 9, 4]) < 2e-5  # without the role, without its adapter
 
 
-@pytest.mark.parametrize(("step", "turned"), [(1, False), (1, True), (8, False)])  # as in float32, there with AVX2, and in bfloat16
-@pytest.mark.parametrize("rows", [1, 7, 8, 9, 32, 63, 64, 65, 200, 256, 257, 333, 600])
-def test_any_number_of_rows(rows: int, step: int, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("step", [1, 8])  # as in float32 and in bfloat16
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 63, 64, 65, 200, 256, 257, 333, 600])
+def test_any_number_of_rows(rows: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(STEPS, torch.float32, step)
-    monkeypatch.setattr(packed_module, "turned_pays", lambda decoder: turned)
-    monkeypatch.setattr(packed_module, "SLOWER", 300)  # the larger ones are packed on the way
     decoder, _ = make(CONFIG)
     assert difference(decoder, None, [1] * (rows % 50) + [rows - rows % 50] * (rows >= 50)) < 2e-5
 
 
+@needs_native
+@pytest.mark.parametrize("rows", [1, 9, FEW, FEW + 1, 1024, 1100])
+def test_any_number_of_rows_by_native(rows: int) -> None:
+    decoder, _ = make(grown(CONFIG))
+    assert difference(decoder, None, [1] * (rows % 50) + [rows - rows % 50] * (rows >= 50)) < 2e-5
+
+
 @pytest.mark.parametrize("how", ["add", "mul"])
-@pytest.mark.parametrize("rows", [1, 5, 8, 24, 40])
+@pytest.mark.parametrize("rows", [1, 5, 40, FEW + 7])
 def test_a_linear_is_one_however_it_is_multiplied(rows: int, how: str) -> None:
-    """States and what is added lie by rows or by channels: the numbers are the same."""
     draw = torch.Generator().manual_seed(0)
-    weight, bias, x, other = (torch.randn(shape, generator=draw) for shape in ((12, 20), (12,), (rows, 20), (rows, 12)))
-    expected = x.double() @ weight.double().T
+    weight, bias, x, other = (torch.randn(shape, generator=draw) for shape in ((13, 32), (13,), (rows, 32), (rows, 13)))
+    expected, found = x.double() @ weight.double().T, kernels()
     for own in (None, bias):
-        linears = Linear(weight, own), Linear(weight, own, turned=True)
         plain = expected + (0 if own is None else own)
         after = plain + other if how == "add" else plain * other
-        assert (linears[1].packed is None) is (own is None)
-        for linear in linears:
-            for lying in (lambda y: y, lambda y: y.t().contiguous().t()):
-                torch.testing.assert_close(linear(lying(x)).double(), plain, rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(linear(lying(x), "swish").double(), F.silu(plain), rtol=1e-5, atol=1e-5)
-                torch.testing.assert_close(linear.combine(lying(x), lying(other), how).double(), after, rtol=1e-5, atol=1e-5)
+        for linear in (PackedLinear(weight, own), *((NativeLinear(found, weight, own),) if found else ())):
+            torch.testing.assert_close(linear(x).double(), plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(linear(x, "swish").double(), F.silu(plain), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(linear(x, "gelu", "tanh").double(), F.gelu(plain, approximate="tanh"), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(linear.combine(x, other, how).double(), after, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.7])
-def test_turned_products_answer_as_others_do(temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through the engine, with 8 requests at once: logits that lie token by token are drawn from alike."""
-    decoder, role = make(CONFIG)
-    prompts, sampling, found = [[i + 1, 2] for i in range(8)], Sampling(PAYS, temperature=temperature, top_k=20), []
-    for turned in (False, True):
-        monkeypatch.setattr(packed_module, "turned_pays", lambda decoder, turned=turned: turned)
-        engine = Engine(LanguageModel(decoder, role))
+@needs_native
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("adapter", ["base", "lora", "ptuning"])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_native_answers_are_the_decoders(config: str, adapter: str, paged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts read beside running answers, rows that move, slots or pages; against the decoder in float64, token for token."""
+    decoder, role = make(grown(CONFIGS[config]), adapter)
+    prompts = [[i + 1, 2, *range(3, 3 + i % 5 * 4)] for i in range(9)]
+    sampling = Sampling(PAYS + 20, stop=frozenset(range(0, 70, 14)))
+    if paged:
+        monkeypatch.setattr("trueline.rollout.memory.needs_pages", lambda *given: True)
+    found = []
+    for wide in (False, True):
+        engine = Engine(LanguageModel(decoder.double() if wide else decoder, role), 4, packed=not wide, budget=2**24)
         with engine.hold():
-            found.append(engine.generate(prompts, sampling, list(range(8))))
-            assert isinstance(engine.decoder, PackedDecoder) and (engine.decoder.head.linear.turned is not None) is turned
+            found.append(engine.generate(prompts, sampling, list(range(len(prompts)))))
+            assert wide or (isinstance(engine.decoder, PackedDecoder) and engine.decoder.native is not None)
+            assert isinstance(engine.memory, Pages if paged else Slots)
     assert [r.tokens for r in found[0]] == [r.tokens for r in found[1]]
+    assert len({len(r.tokens) for r in found[0]}) > 1  # some stop before others
     assert [r.logprobs for r in found[0]] == [pytest.approx(r.logprobs, abs=1e-4) for r in found[1]]
 
 
-def test_where_turning_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    def found(capability: str, dtype: torch.dtype = torch.float32, layers: int = 40) -> bool:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        with torch.device("meta"):
-            return turned_pays(Decoder(replace(CONFIG, hidden_size=256, mlp_size=256, num_layers=layers)).to(dtype))
-
-    assert found("AVX2") and not found("AVX512") and not found("DEFAULT")
-    assert not found("AVX2", torch.bfloat16) and not found("AVX2", layers=20)
-
-
-def test_a_weight_is_packed_once_that_pays() -> None:
-    linear = Linear(torch.randn(12, 20), turned=True)
-    for _ in range(SLOWER):
-        linear(torch.randn(16, 20))  # what it is good at
-    linear(torch.randn(SLOWER - 1, 20))
-    linear.combine(torch.randn(1, 20), torch.randn(1, 12), "add")
-    assert linear.packed is None
-    linear(torch.randn(1, 20))
-    packed = linear.packed
-    linear(torch.randn(1, 20))
-    assert packed is not None and linear.packed is packed
+@needs_native
+def test_a_native_answer_depends_on_no_neighbour() -> None:
+    """Not to the last bit: other requests, their number and their lengths change nothing."""
+    decoder, role = make(grown(CONFIG))
+    prompts, sampling, found = [[i + 1, 2, *range(3, 3 + i % 5 * 4)] for i in range(13)], Sampling(30), []
+    for chosen in ([0, 1, 2, 3], [2], [2, *range(4, 13)]):
+        engine = Engine(LanguageModel(decoder, role), 13)
+        with engine.hold():
+            answers = engine.generate([prompts[i] for i in chosen], sampling, [100 + i for i in chosen])
+        found.append(answers[chosen.index(2)])
+    assert found[0].tokens == found[1].tokens == found[2].tokens
+    assert found[0].logprobs == found[1].logprobs == found[2].logprobs
 
 
 def test_packing_leaves_the_decoder_alone() -> None:
@@ -175,7 +193,7 @@ def storages(module: torch.nn.Module) -> dict[int, int]:
     """Address -> bytes of all that the module's tensors lie in, also those in plain attributes."""
     found: dict[int, int] = {}
     for part in module.modules():
-        linears = [value for value in vars(part).values() if isinstance(value, Linear)]
+        linears = [value for value in vars(part).values() if isinstance(value, PackedLinear | NativeLinear)]
         own = [x for value in (part, *linears) for x in vars(value).values()]
         for x in (*part._parameters.values(), *own):
             if isinstance(x, torch.Tensor):
@@ -184,11 +202,12 @@ def storages(module: torch.nn.Module) -> dict[int, int]:
     return found
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["packed", "turned"])
-@pytest.mark.parametrize("adapter", ["base", "lora"])
-def test_handing_the_weights_over(adapter: str, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without packing nothing is copied; with it each matrix once, LoRA merged into it. Turned, only what is merged, and q, k and v."""
-    monkeypatch.setattr(packed_module, "turned_pays", lambda decoder: turned)
+@pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_native)], ids=["packed", "native"])
+@pytest.mark.parametrize("adapter", ["base", "lora", "some_lora"])
+def test_handing_the_weights_over(adapter: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without packing nothing is copied; with it each matrix once, LoRA merged into it. By native.c only q, k, v and what is merged."""
+    if not native:
+        monkeypatch.setattr(packed_module, "kernels", lambda: None)
     decoder, role = make(replace(CONFIG, hidden_size=64, mlp_size=192, head_dim=16, num_heads=4, num_layers=3), adapter)
     trained = storages(decoder)
     for packed, sampling in ((False, Sampling(40)), (True, Sampling(PAYS - 1)), (True, Sampling(PAYS))):
@@ -200,11 +219,11 @@ def test_handing_the_weights_over(adapter: str, turned: bool, monkeypatch: pytes
             if sampling.max_new_tokens < PAYS or not packed:
                 assert engine.decoder is decoder and not new
             else:
-                base = [p for name, p in decoder.named_parameters() if p.dim() == 2 and "embed" not in name and ".adapters." not in name]
-                if turned and adapter == "base":
-                    base = [layer.attention.get_parameter(f"{name}.weight") for layer in decoder.layers for name in "qkv"]
-                matrices = sum(p.nbytes for p in base)
-                assert 0.9 * matrices < sum(new.values()) < 1.15 * matrices  # and biases in one; no adapter's own, no embedding
+                matrices = {name: p.nbytes for name, p in decoder.named_parameters() if p.dim() == 2 and ".adapters." not in name}
+                made = {"base": "qkv", "lora": ("q", "k", "v", "o", "gate", "up", "down"), "some_lora": ("q", "k", "v", "down")}[adapter]
+                copied = [size for name, size in matrices.items() if "embed" not in name and (not native or name.split(".")[-2] in made)]
+                assert copied_bytes(decoder, role) == sum(copied)
+                assert 0.9 * sum(copied) < sum(new.values()) < 1.15 * sum(copied)  # and biases in one; no adapter's own, no embedding
         assert engine.decoder is None
 
 

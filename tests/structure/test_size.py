@@ -5,7 +5,7 @@ import ast
 from tests.structure.tree import PACKAGE, functions, modules
 
 BANNED_NAMES = {"utils", "util", "common", "misc", "helpers", "helper"}
-FILE_LINES, FUNCTION_LINES, RECIPE_LINES, PRODUCT_LINES = 400, 60, 100, 15_700
+FILE_LINES, FUNCTION_LINES, RECIPE_LINES, PRODUCT_LINES = 400, 60, 100, 16_200  # C counts too
 LONGER = {"config/schema.py": 480}  # every key in one table, read from top to bottom; cut in two it would say less
 RECORD_BASES = {"Config"}  # the config base counts as a library's
 
@@ -21,7 +21,8 @@ def code_lines(tree: ast.Module) -> int:
 
 
 def lengths() -> dict[str, int]:
-    return {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.c")]
+    return {str(path.relative_to(PACKAGE)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
 
 
 def test_files_are_short() -> None:
@@ -31,6 +32,7 @@ def test_files_are_short() -> None:
 
 def test_product_is_small() -> None:
     total = sum(code_lines(tree) for tree in modules().values())
+    total += sum(bool(line.strip()) for path in PACKAGE.rglob("*.c") for line in path.read_text(encoding="utf-8").splitlines())
     longest = sorted(lengths().items(), key=lambda item: -item[1])[:10]
     assert total < PRODUCT_LINES, f"trueline/ has {total} lines of code, expected fewer than {PRODUCT_LINES}; longest: {longest}"
 

@@ -213,9 +213,9 @@ class RolloutConfig(Config):
     memory: float | None = Field(None, gt=0)
     """GiB for keys and values; none is half of what is free. Answers that do not fit wait."""
     packed: bool = True
-    """On a CPU, in float32 and with AMX in bfloat16, answers of 16 tokens and more come from packed copies of the weights, made anew in
-    every iteration: faster, and as much memory again as the weights. On a GPU matrices with LoRA are merged for them, where a quarter of
-    the free memory holds that. false: from the trained weights themselves."""
+    """Answers of 16 tokens and more come from matrices with LoRA merged, made anew in every iteration: on a GPU where a quarter of the
+    free memory holds them, on a CPU in float32, and with AMX in bfloat16. In bfloat16, and where there is no C compiler (`cc`), a CPU
+    needs copies of all other matrices too. false: from the trained weights themselves, which is slower."""
     logprob_gap: float = Field(1e-4, ge=0)
     """Up to this mean difference from training's, the rollout's own log-probabilities are taken and the policy is not run again to score
     its answers."""

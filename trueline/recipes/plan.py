@@ -33,7 +33,7 @@ from trueline.recipes.calibrate import NEW_TOKENS, calibrate_fit, calibrate_ppo,
 from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, sft_samples, with_shared_prompts
 from trueline.rollout.engine import PROMPT_TOKENS
 from trueline.rollout.fused import may_merge, merged_bytes
-from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
+from trueline.rollout.packed import PAYS, PackedDecoder, can_pack, copied_bytes
 from trueline.train.budget import SPARE, choose_recompute
 from trueline.train.memory_plan import Peak, disk_bytes, fullest_of, highest, key_value_bytes, times
 from trueline.train.optimizer import Optimizer, make_optimizer
@@ -289,7 +289,7 @@ def _generating(config: PpoStageConfig, model: LanguageModel, prompt: int, answe
     stored = key_value_bytes(sizes.num_layers, sizes.num_kv_heads, sizes.head_dim, width, rows, prompt, prompt + new)
     copies = 0
     if packs:
-        copies = weight_bytes(*decoder.layers) + sizes.vocab_size * sizes.hidden_size * weight.element_size()
+        copies = copied_bytes(decoder, model.role)
     elif config.rollout.packed and weight.device.type != "cpu" and may_merge(merged := merged_bytes(decoder, model.role), new, free):
         copies = merged
     room = config.rollout.memory_bytes

@@ -18,6 +18,7 @@ from trueline.parallel.memory import free_memory
 from trueline.rollout.fused import FusedDecoder, can_fuse
 from trueline.rollout.graphs import graphs_for
 from trueline.rollout.memory import Decode, Memory, Mixed, Prefill, make_memory
+from trueline.rollout.native import Kernels
 from trueline.rollout.packed import PAYS, PackedDecoder, can_pack
 from trueline.rollout.sampling import Rollout, Sampling, draw, seed_tensor, uniforms
 
@@ -223,7 +224,7 @@ class Engine:
         lengths = [len(p) + sampling.max_new_tokens for p in prompts]
         budget = free_memory(weight.device) // 2 if self.budget is None else self.budget
         stored = self.decoder.stored if isinstance(self.decoder, PackedDecoder) else weight.dtype
-        self.memory = make_memory(config, stored, weight.device, lengths, rows, budget)
+        self.memory = make_memory(config, stored, weight.device, lengths, rows, budget, self._native() is not None)
         if self.graphs is not None and self.memory.table is None:
             most = -(-max(lengths) // COLUMNS) * COLUMNS
             self.memory.reserve(rows, [most], most)  # at once: a memory that grows moves, and recordings end
@@ -281,7 +282,10 @@ class Engine:
 
     def _decoding(self, memory: Memory, longest: int, position: Tensor, places: Tensor | None = None) -> Decode:
         windows: set[int | None] = set(self.model.decoder.config.windows) or {None}
-        return Decode.of(position, longest, memory, windows, self.front, places)
+        return Decode.of(position, longest, memory, windows, self.front, places, self._native())
+
+    def _native(self) -> Kernels | None:
+        return self.decoder.native if isinstance(self.decoder, PackedDecoder) else None
 
 
 def _answering(decoder: Decoder, role: str | None, tokens: int) -> Answering:

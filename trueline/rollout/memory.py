@@ -15,6 +15,7 @@ from trueline.model.attention import attend_past, decode_attention, decode_prefi
 from trueline.model.decoder import DecoderConfig
 from trueline.model.layout import Packed, block_positions, count_up
 from trueline.rollout.decode import cached_attention, kernel_for, turning_kernel_for
+from trueline.rollout.native import Kernels
 
 AHEAD = 64  # columns reserved ahead, at least: growing copies
 PAGE = 16  # tokens; half of it is what a request leaves unused on average
@@ -212,12 +213,18 @@ def needs_pages(bytes_per_token: int, budget: int, lengths: list[int], running: 
     return rows * whole(max(lengths, default=0)) * bytes_per_token > budget
 
 
-def make_memory(config: DecoderConfig, dtype: torch.dtype, device: torch.device, lengths: list[int], running: int, budget: int) -> Memory:
-    """Slots or pages for `running` requests at a time, of at most `lengths` tokens. RunError if one has no room in `budget`."""
+def make_memory(
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, lengths: list[int], running: int, budget: int, native: bool = False
+) -> Memory:
+    """Slots or pages for `running` requests at a time, of at most `lengths` tokens. RunError if one has no room in `budget`.
+
+    `native`: they are read by `Decode.turn_and_attend`.
+    """
     each = bytes_per_token(config, dtype)
     if not needs_pages(each, budget, lengths, running):
-        # the kernel reads a key's channels side by side
-        return Slots(config, dtype, device, device.type == "cpu" and kernel_for(torch.empty(0, dtype=dtype, device=device)) is None)
+        # kernels read a key's channels side by side
+        kernel = native or kernel_for(torch.empty(0, dtype=dtype, device=device)) is not None
+        return Slots(config, dtype, device, device.type == "cpu" and not kernel)
     longest = whole(max(lengths)) * each
     if longest > budget:
         raise RunError(
@@ -269,14 +276,23 @@ class Decode:
     rows: Tensor  # 0 .. N - 1
     columns: Tensor  # where each token is stored [N]: how many stand before it
     lengths: Tensor  # tokens stored of each, the newest included [N] int32
-    # by window: [N, G, 1, prefix and columns read], minus infinity where a request's newest token does not look; none for a kernel
+    # by window: [N, G, 1, prefix and columns read], minus infinity where a request's newest token does not look; none for kernels
     masks: dict[int | None, Tensor]
     longest: int  # columns read
     turn: tuple[Tensor, Tensor] | None = None  # cosines and sines `[N, 1, pairs]` where heads are turned as they are stored
     interleaved: bool = False
+    native: Kernels | None = None  # for `turn_and_attend`
 
     @staticmethod
-    def of(index: Tensor, longest: int, memory: Memory, windows: set[int | None], front: int = 0, places: Tensor | None = None) -> "Decode":
+    def of(
+        index: Tensor,
+        longest: int,
+        memory: Memory,
+        windows: set[int | None],
+        front: int = 0,
+        places: Tensor | None = None,
+        native: Kernels | None = None,
+    ) -> "Decode":
         """`index` `[N]`: each token's in its sequence; `longest` is 1 + the largest, or more, known without asking the device.
 
         `front`: tokens of the learned prefix. `places` `[N, 2]` makes two rows of positions (`layout.block_positions`).
@@ -284,13 +300,15 @@ class Decode:
         device, dtype, longest = memory.keys.device, memory.keys.dtype, whole(longest)
         positions = index if places is None else block_positions(index, places)
         masks = {}
-        for window in windows if front or kernel_for(memory.keys) is None else ():
+        native = None if front else native
+        for window in windows if front or (native is None and kernel_for(memory.keys) is None) else ():
             ahead = torch.arange(-front, longest, device=device) - index[:, None]
             unseen = ahead > 0 if window is None else (ahead > 0) | (ahead <= -window)
             mask = torch.zeros(unseen.shape, dtype=dtype, device=device).masked_fill_(unseen, -torch.inf)
             # repeated for each head once, for all layers
             masks[window] = mask[:, None, None].expand(-1, memory.keys.shape[2], -1, -1).contiguous()
-        return Decode(positions, memory, torch.arange(len(index), device=device), index, (index + 1).int(), masks, longest)
+        rows = torch.arange(len(index), device=device)
+        return Decode(positions, memory, rows, index, (index + 1).int(), masks, longest, native=native)
 
     def turning(self, cos: Tensor, sin: Tensor, config: DecoderConfig) -> "Decode | None":
         """This layout for heads that are not turned yet, where a kernel turns and stores them at once."""
@@ -321,6 +339,14 @@ class Decode:
         views.keys[layer].index_put_((views.own, views.newest), heads[:, shared])
         views.values[layer].index_copy_(0, views.places, heads[:, shared + 1])
         return attend_past(heads[:, :shared], views.past_keys[layer], views.past_values[layer], self.masks[window].flatten(0, 1))
+
+    def turn_and_attend(self, layer: int, heads: Tensor, turn: Tensor, window: int | None) -> Tensor:
+        """`attend` by `native`: `heads` `[N, G, H / G + 2, d]` are turned first, by `turn` `[N, 1, pairs]` -> `[N, G, H / G, d]`."""
+        assert self.native is not None
+        memory = self.memory
+        return self.native.attend(
+            heads, turn, memory.keys[layer], memory.values[layer], memory.table, self.columns, self.longest, window
+        )
 
     def attend_prefixed(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, window: int | None = None

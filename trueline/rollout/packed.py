@@ -1,9 +1,10 @@
 """A decoder packed for the length of one `hold()`, on the CPU. One rule: it is made anew at every hold, so it is never stale.
 
-The same network as `Decoder`, with fewer and faster steps: LoRA folded into the matrices, q, k and v in one, each matrix in the order in
-which oneDNN's kernel reads it (`Linear`), and residuals, SwiGLU and rotary embedding done in place of a pass of their own. In float32
-norms' weights are folded in too. In bfloat16 only the matrices and what goes in and out of them have 16 bits: all between them, and keys
-and values, is float32, so it rounds less than the decoder does.
+The same network as `Decoder`, with fewer and faster steps: LoRA folded into the matrices, q, k and v in one, residuals, SwiGLU and rotary
+embedding done in place of a pass of their own. In float32, where `native.c` can be compiled, all other matrices stay where they are and a
+step is a few calls of it. Elsewhere each matrix is copied in the order in which oneDNN's kernel reads it, in float32 with norms' weights
+folded in. In bfloat16 only the matrices and what goes in and out of them have 16 bits: all between them, and keys and values, is float32,
+so it rounds less than the decoder does.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,13 @@ from trueline.model.adapters import low_ranks, merged_weight
 from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix, rotation
 from trueline.model.layout import Layout, Prefixed
 from trueline.parallel.world import fast_bfloat16
-from trueline.rollout.memory import Decode
+from trueline.rollout.memory import Decode, Mixed
+from trueline.rollout.native import STEP, Kernels, kernels
 
 PAYS = 16  # tokens: packing costs as much time as it saves in about so many steps, on 25 million weights and 16 to 64 requests
-SLOWER = 1024  # rows: packing costs as much time as it saves in about so many, on 25 million weights and AVX2
-CACHE = 2**25  # bytes: of all layers' weights, read again in each step; between 18 MB, where turning costs, and 68 MB, where it pays
+FEW = 128  # rows: up to so many native.c's products are sooner done than PyTorch's, on AVX2
 LARGE, SMALL = 256, 64  # rows a kernel is called with, or fewer than `SMALL`
+PIECE = 1024  # rows of unpacked matrices, which have no such kernels, at a time: it bounds what they give
 # rows are filled up to a multiple of this. A kernel is compiled for each number of rows, in about a millisecond, and forgotten when
 # training in bfloat16 has compiled a thousand others; AMX takes 16 rows in the time of one. In float32 each row takes time of its own
 STEPS = {torch.float32: 1, torch.bfloat16: 8}
@@ -38,50 +40,60 @@ def can_pack(decoder: Decoder) -> bool:
     return built and whole and weight.device.type == "cpu" and known
 
 
-def turned_pays(decoder: Decoder) -> bool:
-    """Whether this CPU multiplies 8, 16, 24 or 32 rows sooner the other way about (`Linear`).
+def native_for(decoder: Decoder) -> Kernels | None:
+    """What answers in place of packed copies: in float32, for sizes that it takes."""
+    config = decoder.config
+    sizes = (config.hidden_size, config.mlp_size, config.head_dim)
+    fits = decoder.embed.weight.dtype == torch.float32 and not any(size % STEP for size in sizes)
+    return kernels() if fits else None
 
-    With AVX2, in float32, by more weights than its cache holds: fewer are a tenth slower. Other CPUs were not measured.
-    """
-    known = torch.backends.cpu.get_cpu_capability() == "AVX2" and decoder.embed.weight.dtype == torch.float32
-    return known and sum(p.nbytes for p in decoder.layers.parameters()) > CACHE
+
+def copied_bytes(decoder: Decoder, role: str | None) -> int:
+    """Of the matrices that `PackedDecoder(decoder, role)` makes anew."""
+    every, weight = native_for(decoder) is None, decoder.embed.weight
+    total = weight.nbytes if every else 0  # the head's are as many
+    for half in (half for block in decoder.layers for half in (cast(Block, block).attention, cast(Block, block).mlp)):
+        merged = low_ranks(half, role) if role is not None else {}
+        linears = ((name, linear) for name, linear in half.named_children() if isinstance(linear, nn.Linear))
+        total += sum(linear.weight.nbytes for name, linear in linears if every or name in "qkv" or name in merged)
+    return total
 
 
-class Linear:
-    """Weight `[out, in]` and bias `[out]` in oneDNN's order; or, `turned`, the float32 weight as it lies, until packing has paid.
+class PackedLinear:
+    """Weight `[out, in]` and bias `[out]` in oneDNN's order."""
 
-    Turned, the product is weight x states, not states x weight: oneDNN reads every weight once for all rows. Where so many rows fill its
-    registers that is faster than packed weights, and nothing is copied. Others are a little slower: after `SLOWER` of them the weight is
-    packed. What a turned product gives, and what it adds to, lies channel by channel: a view `[T, out]` of `[out, T]`.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, turned: bool = False):
-        self.bias, self.slower = bias, 0
-        self.turned = weight.detach() if turned and bias is None else None
-        self.packed = None if self.turned is not None else _pack(weight)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight, self.bias = _pack(weight), bias
 
     def __call__(self, x: Tensor, then: str = "none", form: str = "") -> Tensor:
-        """Of `x` `[T, in]`, however it lies: the linear, then "swish", "gelu" or "none"."""
-        if (packed := self._packed(len(x))) is not None:
-            return _linear(x.contiguous(), packed, self.bias, then, form)
-        return _linear(cast(Tensor, self.turned), x, None, then, form).t()
+        """Of `x` `[T, in]`: the linear, then "swish", "gelu" or "none"."""
+        return _linear(x, self.weight, self.bias, then, form)
 
     def combine(self, x: Tensor, other: Tensor, how: str) -> Tensor:
         """The linear of `x`, "add" or "mul" `other` `[T, out]`."""
-        if (packed := self._packed(len(x))) is not None:
-            return _linear_with(x.contiguous(), other.contiguous(), packed, self.bias, how)
-        return _linear_with(cast(Tensor, self.turned), other.t().contiguous(), x, None, how).t()
+        return _linear_with(x, other, self.weight, self.bias, how)
 
-    def _packed(self, rows: int) -> Tensor | None:
-        """The packed weight where it is to multiply so many rows."""
-        if self.turned is None:
-            return self.packed
-        if rows % 8 == 0 and rows <= 32:
-            return None
-        self.slower += rows
-        if self.packed is None and self.slower > SLOWER:
-            self.packed = _pack(self.turned)
-        return self.packed
+
+class NativeLinear:
+    """`PackedLinear` of a float32 weight as it lies: of few rows by native.c, of many by PyTorch."""
+
+    def __init__(self, native: Kernels, weight: Tensor, bias: Tensor | None = None):
+        self.native, self.weight, self.bias = native, weight.detach().contiguous(), bias
+
+    def __call__(self, x: Tensor, then: str = "none", form: str = "") -> Tensor:
+        if len(x) <= FEW:
+            return self.native.linear(x, self.weight, self.bias, then)
+        y = F.linear(x, self.weight, self.bias)
+        return F.silu(y, inplace=True) if then == "swish" else F.gelu(y, approximate=form) if then == "gelu" else y
+
+    def combine(self, x: Tensor, other: Tensor, how: str) -> Tensor:
+        if len(x) <= FEW:
+            return self.native.linear(x, self.weight, self.bias, "none", other, how)
+        y = F.linear(x, self.weight, self.bias)
+        return y.add_(other) if how == "add" else y.mul_(other)
+
+
+Linear = PackedLinear | NativeLinear
 
 
 class PackedDecoder(nn.Module):
@@ -95,11 +107,11 @@ class PackedDecoder(nn.Module):
         config = self.config = decoder.config
         self.embed = decoder.embed
         self.order = _channel_order(config)
-        turned = turned_pays(decoder)
-        self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order, turned) for block in decoder.layers)
+        native = self.native = native_for(decoder)
+        self.layers = nn.ModuleList(PackedBlock(cast(Block, block), role, config, self.order, native) for block in decoder.layers)
         weight = cast(nn.Linear, decoder.head).weight
-        self.end, after = _fold(decoder.norm, config, weight.dtype == torch.float32 and not turned)
-        self.head = PackedHead(weight if after is None else weight * after, turned)
+        self.end, after = _fold(decoder.norm, config, weight.dtype == torch.float32, native)
+        self.head = PackedHead(weight if after is None else weight * after, native)
         self.turns = torch.empty(0)
         prefix = cast(Prefix, decoder.prefixes[role]) if role is not None and role in decoder.prefixes else None
         self.prefix = None if prefix is None else (prefix.keys.detach()[..., self.order].float(), prefix.values.detach().float())
@@ -110,7 +122,7 @@ class PackedDecoder(nn.Module):
             layout = Prefixed(layout, *self.prefix, self.config.prefix_shifts)
         turn = self._turn(layout.positions)[:, None]
         x = F.embedding(_fill(tokens, self.embed.weight.dtype), self.embed.weight).float()
-        pieces = _pieces(len(x))
+        pieces = _pieces(len(x), self.native)
         for layer in self.layers[:-1]:
             x = layer(x, layout, turn, pieces)
         x = self.layers[-1](x, layout, turn, pieces, wanted)
@@ -128,7 +140,7 @@ class PackedDecoder(nn.Module):
 class PackedBlock(nn.Module):
     """`decoder.Block` on rows filled up as `STEPS` says."""
 
-    def __init__(self, block: Block, role: str | None, config: DecoderConfig, order: Tensor, turned: bool):
+    def __init__(self, block: Block, role: str | None, config: DecoderConfig, order: Tensor, native: Kernels | None):
         super().__init__()
         attention, mlp = block.attention, block.mlp
         self.layer, self.head_dim, self.window, self.eps = attention.layer, config.head_dim, attention.window, config.norm_eps
@@ -142,19 +154,16 @@ class PackedBlock(nn.Module):
         weight, bias = (self._grouped([merged[name][part] for name in "qkv"]) for part in (0, 1))
         assert weight is not None
         self.residual_scale = config.residual_scale
-        self.attention_norm, into = _fold(block.attention_norm, config, self.wide)
-        self.mlp_norm, after = _fold(block.mlp_norm, config, self.wide and not turned)
+        self.native = native
+        self.attention_norm, into = _fold(block.attention_norm, config, self.wide, native)
+        self.mlp_norm, after = _fold(block.mlp_norm, config, self.wide, native)
 
-        def linear(name: str, columns: Tensor | None = None) -> Linear:
-            weight, bias = merged[name]
-            trained = getattr(attention if name == "o" else mlp, name).weight
-            # a merged weight would be kept twice
-            own = turned and weight.data_ptr() == trained.data_ptr()
-            return Linear((weight if columns is None else weight * columns).to(self.dtype), bias, own)
+        def linear(weight: Tensor, bias: Tensor | None, columns: Tensor | None = None) -> Linear:
+            return _made((weight if columns is None else weight * columns).to(self.dtype), bias, native)
 
-        self.qkv = Linear((weight if into is None else weight * into).to(self.dtype), bias)
-        self.o, self.up, self.down = linear("o"), linear("up", after), linear("down")
-        self.gate = linear("gate", after) if config.gated else None
+        self.qkv = linear(weight, bias, into)
+        self.o, self.up, self.down = linear(*merged["o"]), linear(*merged["up"], after), linear(*merged["down"])
+        self.gate = linear(*merged["gate"], after) if config.gated else None
         self.head_norms: Tensor | None = None  # [H / G + 1, d]: a query's or key's own norm
         if config.qk_norm:
             norms = ((attention.q_norm, self.shared), (attention.k_norm, 1))
@@ -167,20 +176,29 @@ class PackedBlock(nn.Module):
         heads = _by_pieces(self._before, pieces, x).float().view(rows, self.groups, -1, self.head_dim)
         if count < rows:
             heads = heads[:count]
-        turning = heads[:, :, : self.shared + 1]
         if self.head_norms is not None:
+            turning = heads[:, :, : self.shared + 1]
             turning.copy_(F.rms_norm(turning, (self.head_dim,), eps=self.eps).mul_(self.head_norms))
-        turned = torch.view_as_complex(turning.view(count, self.groups, self.shared + 1, -1, 2))
-        turned[..., : turn.shape[-1]].mul_(turn)
-        if isinstance(layout, Decode) and layout.views is not None:
-            seen = layout.attend_groups(self.layer, heads.flatten(0, 1), self.window).view(count, -1)
-        else:
-            q, k, v = heads[:, :, : self.shared].flatten(1, 2), heads[:, :, self.shared], heads[:, :, self.shared + 1]
-            seen = layout.attend(self.layer, q, k, v, self.window).flatten(1)
+        seen = self._attend(heads, layout, turn)
         if wanted is not None:
             seen, x = seen[wanted], _fill(x[wanted], self.dtype)
-            pieces = _pieces(len(x))
+            pieces = _pieces(len(x), self.native)
         return _by_pieces(self._after, pieces, _fill(seen, self.dtype), x)
+
+    def _attend(self, heads: Tensor, layout: Layout, turn: Tensor) -> Tensor:
+        """`heads` `[N, G, H / G + 2, d]`, not turned yet -> `[N, H x d]`."""
+        if isinstance(layout, Mixed):
+            n = len(layout.decode.rows)
+            old = self._attend(heads[:n], layout.decode, turn[:n])
+            return torch.cat((old, self._attend(heads[n:], layout.prefill, turn[n:])))
+        if isinstance(layout, Decode) and layout.native is not None:
+            return layout.turn_and_attend(self.layer, heads, turn, self.window).flatten(1)
+        turned = torch.view_as_complex(heads[:, :, : self.shared + 1].unflatten(-1, (-1, 2)))
+        turned[..., : turn.shape[-1]].mul_(turn)
+        if isinstance(layout, Decode) and layout.views is not None:
+            return layout.attend_groups(self.layer, heads.flatten(0, 1), self.window).view(len(heads), -1)
+        q, k, v = heads[:, :, : self.shared].flatten(1, 2), heads[:, :, self.shared], heads[:, :, self.shared + 1]
+        return layout.attend(self.layer, q, k, v, self.window).flatten(1)
 
     def _grouped(self, parts: list[Tensor | None]) -> Tensor | None:
         """Rows of q, k and v, weights or biases, in one: each key head's queries, then its key, then its value."""
@@ -213,13 +231,13 @@ class PackedBlock(nn.Module):
 class PackedHead(nn.Module):
     """`Decoder.head` after the final norm."""
 
-    def __init__(self, weight: Tensor, turned: bool):
+    def __init__(self, weight: Tensor, native: Kernels | None):
         super().__init__()
-        self.linear, self.dtype = Linear(weight, turned=turned), weight.dtype
+        self.linear, self.dtype, self.native = _made(weight, None, native), weight.dtype, native
 
     def forward(self, x: Tensor) -> Tensor:
         rows = _fill(x, self.dtype)
-        return _by_pieces(self.linear, _pieces(len(rows)), rows.to(self.dtype))[: len(x)]
+        return _by_pieces(self.linear, _pieces(len(rows), self.native), rows.to(self.dtype))[: len(x)]
 
 
 class Scale:
@@ -233,13 +251,17 @@ class Scale:
         return scaled if self.weight is None else scaled.mul_(self.weight)
 
 
-def _fold(norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig, into: bool) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+def _fold(
+    norm: nn.RMSNorm | nn.LayerNorm, config: DecoderConfig, into: bool, native: Kernels | None
+) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
     """What is done to a state, and what the columns of the matrices that follow are multiplied by, where a norm's weight goes `into` them.
 
-    A LayerNorm stays what it is. bfloat16 matrices stay what they are: multiplied, they would be rounded a second time.
+    A LayerNorm stays what it is, and so do matrices that are not copied, and bfloat16 ones: multiplied, they would be rounded twice.
     """
     if isinstance(norm, nn.LayerNorm):
         return _plain_norm(norm), None
+    if native is not None:
+        return partial(native.rms_norm, weight=norm.weight.detach(), eps=config.norm_eps), None
     root = config.hidden_size**0.5
     weight = norm.weight.detach().float() * root
     return (Scale(root, config.norm_eps), weight) if into else (Scale(root, config.norm_eps, weight), None)
@@ -299,8 +321,14 @@ def _fill(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, missing)) if missing else rows
 
 
-def _pieces(rows: int) -> list[int]:
+def _made(weight: Tensor, bias: Tensor | None, native: Kernels | None) -> Linear:
+    return PackedLinear(weight, bias) if native is None else NativeLinear(native, weight, bias)
+
+
+def _pieces(rows: int, native: Kernels | None) -> list[int]:
     """Sizes that sum to `rows`: few different ones, whatever `rows` is."""
+    if native is not None:
+        return [PIECE] * (rows // PIECE) + [rows % PIECE] * (rows % PIECE > 0)
     return [LARGE] * (rows // LARGE) + [SMALL] * (rows % LARGE // SMALL) + [rows % SMALL] * (rows % SMALL > 0)
 
 
