@@ -2,7 +2,8 @@
 tokens first.
 
 Prints JSON lines and ends with a table. `python bench/rollout.py [--rounds N] [--threads N]`; about two minutes on two cores.
-`--models qwen2_25m` is a model of 25 million parameters; `--batching` adds transformers' continuous batching.
+`--models qwen2_25m` is a model of 25 million parameters; `--batching` adds transformers' continuous batching, `--forms` our own slower
+ways: from packed copies of the weights, as where there is no C compiler, and from the trained weights.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import transformers
@@ -86,10 +88,15 @@ def models(kind: str, dtype: torch.dtype) -> tuple[LanguageModel, transformers.P
         return LanguageModel(load_decoder(open_folder(Path(folder)), dtype)), theirs
 
 
-def ours_answer(model: LanguageModel, case: Case) -> list[list[int]]:
-    engine = Engine(model, case.batch)
+def ours_answer(model: LanguageModel, case: Case, packed: bool = True) -> list[list[int]]:
+    engine = Engine(model, case.batch, packed=packed)
     with engine.hold():
         return [r.tokens for r in engine.generate(case.prompts, case.sampling, list(range(len(case.prompts))))]
+
+
+def copies_answer(model: LanguageModel, case: Case) -> list[list[int]]:
+    with patch("trueline.rollout.packed.kernels", return_value=None):
+        return ours_answer(model, case)
 
 
 def batched_answer(model: transformers.PreTrainedModel, case: Case) -> list[list[int]]:
@@ -140,7 +147,7 @@ def timed(answer: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def compare(kind: str, case: Case, rounds: int, batching: bool) -> dict[str, object]:
+def compare(kind: str, case: Case, rounds: int, batching: bool, forms: bool) -> dict[str, object]:
     """Equality in float64, then float32 timings taken in turns."""
     model, peer = models(kind, torch.float64)
     few = Case(case.name, case.batch, case.prompts[: case.batch], case.sampling)
@@ -151,6 +158,8 @@ def compare(kind: str, case: Case, rounds: int, batching: bool) -> dict[str, obj
     sides = {"trueline": lambda: ours_answer(model, case), "transformers": lambda: theirs_answer(peer, case)}
     if batching:
         sides["batching"] = lambda: batched_answer(peer, case)
+    if forms:
+        sides |= {"copies": lambda: copies_answer(model, case), "trained": lambda: ours_answer(model, case, packed=False)}
     found = {side: answer() for side, answer in sides.items()}  # also the warm-up
     same = all(answers == found["trueline"] for answers in found.values())
     seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -171,7 +180,8 @@ def compare(kind: str, case: Case, rounds: int, batching: bool) -> dict[str, obj
     ratio = median["transformers"] / median["trueline"]
     # of processor time: says the same on a machine that others use, where the wall clock does not
     processor_ratio = spent["transformers"] / spent["trueline"]
-    batched = {f"batching_{name}": x["batching"] / x["trueline"] for name, x in (("ratio", median), ("processor", spent)) if batching}
+    others = [side for side in sides if side not in ("trueline", "transformers")]
+    batched = {f"{side}_{name}": x[side] / x["trueline"] for name, x in (("ratio", median), ("processor", spent)) for side in others}
     for side, values in seconds.items():
         spread = {"seconds_median": median[side], "seconds_min": min(values), "seconds_max": max(values)}
         line = {**row, "side": side, **spread, "tokens_per_second": tokens / median[side], "load": os.getloadavg()[0]}
@@ -184,13 +194,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batching", action="store_true")
+    parser.add_argument("--forms", action="store_true")
     parser.add_argument("--cases", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--models", nargs="+", default=["qwen2", "glm"], choices=sorted(THEIRS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     chosen = [cases()[number] for number in arguments.cases]
-    rows = [compare(kind, case, arguments.rounds, arguments.batching) for kind in arguments.models for case in chosen]
+    rows = [compare(kind, case, arguments.rounds, arguments.batching, arguments.forms) for kind in arguments.models for case in chosen]
     print("\ntokens per second; ratio of wall time, and of processor time")
     print(f"{'model':8}{'case':10}{'batch':>6}{'requests':>10}{'transformers':>14}{'trueline':>10}{'ratio':>8}{'processor':>11}")
     for row in rows:

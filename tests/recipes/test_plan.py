@@ -175,3 +175,14 @@ def test_auto_recomputes_in_the_plan_as_in_the_run(home: Path, toys: Toys) -> No
     assert free["recompute"] == {"model": 0} and short["recompute"] == {"model": 4}
     assert short["peak"]["activations"] < 0.6 * free["peak"]["activations"]
     assert "auto recomputes 4 of 4 layers" in short["notes"][0]
+
+
+def test_a_missing_compiler_is_told(home: Path, toys: Toys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where answers are long enough to be made by what it compiles, and nowhere else."""
+    given = settings(home, toys, "ppo", "qwen2", "lora", "float32", "float32", "false")
+    monkeypatch.setattr(plan, "lacks_compiler", lambda: False)
+    assert plan.SLOW_ANSWERS not in planned("ppo", given)["notes"]
+    monkeypatch.setattr(plan, "lacks_compiler", lambda: True)
+    assert plan.SLOW_ANSWERS in planned("ppo", given)["notes"]
+    for other in ("sampling.max_new_tokens=12", "rollout.packed=false"):
+        assert plan.SLOW_ANSWERS not in planned("ppo", [*given, other])["notes"]

@@ -166,12 +166,16 @@ class TestMachines:
     def test_without_a_compiler_nothing_is_said(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(native.shutil, "which", lambda name: None)
         assert native.kernels() is None
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        assert native.lacks_compiler() == (native.sys.platform == "linux")
+        monkeypatch.setenv("CC", "some cc")
+        assert not native.lacks_compiler()
 
     @pytest.mark.filterwarnings("error")
     @pytest.mark.parametrize("capability", ["DEFAULT", "SVE256", "ZVECTOR"])
     def test_other_processors(self, capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        assert native.kernels() is None
+        assert native.kernels() is None and not native.lacks_compiler()
 
     @needs_native
     def test_a_compiler_that_cannot(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

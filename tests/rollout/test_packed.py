@@ -166,7 +166,7 @@ def test_native_answers_are_the_decoders(config: str, adapter: str, paged: bool,
 
 @needs_native
 def test_a_native_answer_depends_on_no_neighbour() -> None:
-    """Not to the last bit: other requests, their number and their lengths change nothing."""
+    """Not to the last bit: other requests, their number and their lengths change nothing. (Nor do prompts of few tokens in all.)"""
     decoder, role = make(grown(CONFIG))
     prompts, sampling, found = [[i + 1, 2, *range(3, 3 + i % 5 * 4)] for i in range(13)], Sampling(30), []
     for chosen in ([0, 1, 2, 3], [2], [2, *range(4, 13)]):

@@ -33,6 +33,7 @@ from trueline.recipes.calibrate import NEW_TOKENS, calibrate_fit, calibrate_ppo,
 from trueline.recipes.prepare import Prepared, preference_pairs, prompt_tokens, sft_samples, with_shared_prompts
 from trueline.rollout.engine import PROMPT_TOKENS
 from trueline.rollout.fused import may_merge, merged_bytes
+from trueline.rollout.native import lacks_compiler
 from trueline.rollout.packed import PAYS, PackedDecoder, can_pack, copied_bytes
 from trueline.train.budget import SPARE, choose_recompute
 from trueline.train.memory_plan import Peak, disk_bytes, fullest_of, highest, key_value_bytes, times
@@ -40,6 +41,7 @@ from trueline.train.optimizer import Optimizer, make_optimizer
 from trueline.train.rehearsal import fake_batch, outside, rehearse_pass, rehearse_step, shapes_only, weight_bytes
 
 LOOKED_AT = 512  # steps whose micro-batches are planned, evenly over the run
+SLOW_ANSWERS = "generate: there is no C compiler; with one (cc) this CPU would make answers faster, and without copies of all weights"
 LINE, SAMPLE = 400, 6  # bytes of a step in metrics.jsonl, and of a token in samples.jsonl, about
 
 
@@ -158,6 +160,7 @@ def ppo_forecast(config: PpoStageConfig, device: torch.device, free: int) -> For
         steps, several = list(zip(learning, counts[1:-1], strict=True)), len(learning) > 1 or config.ppo.ptx_coefficient > 0
         modules = {"policy": (model, learning[0]), "critic": (critic, learning[0])}
         said = _recompute(config, modules, optimizers, free, fixed.weights, several)
+        said += [SLOW_ANSWERS] if packs and dtype == torch.float32 and lacks_compiler() else []
         generating = _generating(config, model, sizes[0] - new, len(rollouts), packs, free - fixed.total)
         added = {
             "generate": generating + rehearse_pass(model, read, 1),

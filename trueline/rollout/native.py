@@ -93,12 +93,25 @@ class Kernels:
         return seen
 
 
+def _flags() -> tuple[str, ...] | None:
+    return FLAGS.get(torch.backends.cpu.get_cpu_capability()) if sys.platform == "linux" else None
+
+
+def _compiler() -> list[str]:
+    found = shutil.which("cc") or shutil.which("gcc")
+    return shlex.split(os.environ.get("CC", "")) or ([found] if found else [])
+
+
+def lacks_compiler() -> bool:
+    """Whether a C compiler is what `kernels` would need here."""
+    return _flags() is not None and not _compiler()
+
+
 @cache
 def kernels() -> Kernels | None:
     """The library for this CPU, or None: without a compiler silently, and with a warning where what it made cannot be used."""
-    flags = FLAGS.get(torch.backends.cpu.get_cpu_capability())
-    found = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or ""]
-    if flags is None or not found[0] or sys.platform != "linux":
+    flags, found = _flags(), _compiler()
+    if flags is None or not found:
         return None
     try:
         library = ctypes.CDLL(str(_built([*found, *OPTIONS, *flags])))
