@@ -1,8 +1,8 @@
 /* One new token for each of a few requests, in float32 on a CPU. One rule: what a request's numbers are never depends on its neighbours.
 
    Called by native.py, which says what everything is. A step reads every weight once and does little with it, so it takes as long as memory
-   gives the weights: products fetch the next rows of a weight while they multiply these. All tensors are contiguous but where a stride is
-   given; sizes of what is summed over are multiples of 16. */
+   gives the weights: products fetch the next rows of a weight while they multiply these. All tensors are contiguous; sizes of what is
+   summed over are multiples of 16. */
 
 #include <math.h>
 #include <omp.h>

@@ -1,13 +1,12 @@
 """`native.c`, compiled on the machine it runs on. One rule: what gives other numbers than PyTorch's own operations here is not used.
 
-PyTorch's products read a few requests' weights at a half to three quarters of the speed that memory has, and each of them takes 25
-microseconds to be called. Without a C compiler, or on a CPU that is not named in `FLAGS`, the rest of trueline does the same work.
+PyTorch's products of a few rows wait for memory and multiply by turns, and each takes 25 microseconds to be called. Without a C compiler,
+or on a CPU that is not named in `FLAGS`, `packed.py` does the same work by them.
 """
 
 import ctypes
 import hashlib
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -99,7 +98,7 @@ def _flags() -> tuple[str, ...] | None:
 
 def _compiler() -> list[str]:
     found = shutil.which("cc") or shutil.which("gcc")
-    return shlex.split(os.environ.get("CC", "")) or ([found] if found else [])
+    return os.environ.get("CC", "").split() or ([found] if found else [])
 
 
 def lacks_compiler() -> bool:
