@@ -23,7 +23,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if request.param == "as here":
         return found
     library = tmp_path_factory.mktemp("native") / "native.so"
-    subprocess.run(["cc", *OPTIONS, *SHAPES[request.param], "-Wno-psabi", "-o", library, SOURCE, "-lm"], check=True)
+    subprocess.run([*native._compiler(), *OPTIONS, *SHAPES[request.param], "-Wno-psabi", "-o", library, SOURCE, "-lm"], check=True)
     return Kernels(ctypes.CDLL(str(library)))
 
 

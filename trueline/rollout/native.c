@@ -63,7 +63,7 @@ static inline float sum(vec v)
 
 static inline vec choose(ivec mask, vec a, vec b) { return (vec)(((ivec)a & mask) | ((ivec)b & ~mask)); }
 
-/* e^x by x = n ln 2 + r and a polynomial of r (Cephes' expf): within 2 of the last place, 0 below -87 counts as 1e-38. */
+/* e^x by x = n ln 2 + r and a polynomial of r (Cephes' expf): within 2 units of the last place; below -87 it stays at 1e-38. */
 static inline vec exponential(vec x)
 {
     const vec low = (vec){0} - 87.0f, high = (vec){0} + 88.0f, magic = (vec){0} + 12582912.0f;
@@ -89,14 +89,15 @@ static inline vec activated(vec x, long then)
 
 /* y[c][r] = w[r] . x[c]. Meanwhile what lies at `next` is fetched, `pace` numbers for each vector of x. */
 #define PRODUCT(R, C)                                                                                                  \
-    static void product##R##C(const float *w, const float *x, long in, float *y, long out, const float *next, long pace) \
+    static void product##R##C(const float *w, const float *x, long in, float *y, long out, const float *next,        \
+                              long pace)                                                                               \
     {                                                                                                                  \
         vec s[R][C];                                                                                                   \
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int c = 0; c < C; c++) s[r][c] = (vec){0};                      \
         for (long i = 0; i < in; i += LANES) {                                                                         \
             vec a[R];                                                                                                  \
             UNROLL for (int r = 0; r < R; r++) a[r] = load(w + r * in + i);                                            \
-            for (long ahead = 0; ahead < pace; ahead += 16) __builtin_prefetch(next + ahead);                                 \
+            for (long ahead = 0; ahead < pace; ahead += 16) __builtin_prefetch(next + ahead);                          \
             next += pace;                                                                                              \
             UNROLL for (int c = 0; c < C; c++) {                                                                       \
                 vec b = load(x + c * in + i);                                                                          \

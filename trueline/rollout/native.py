@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trueline.errors import first_words
-from trueline.parallel.kernels import outside
+from trueline.parallel.kernels import tried
 
 SOURCE = Path(__file__).with_name("native.c")
 FLAGS = {"AVX2": ("-mavx2", "-mfma"), "AVX512": ("-mavx512f", "-mavx512dq", "-mfma")}  # by torch's name of the CPU
@@ -112,21 +111,12 @@ def kernels() -> Kernels | None:
     flags, found = _flags(), _compiler()
     if flags is None or not found:
         return None
-    try:
-        library = ctypes.CDLL(str(_built([*found, *OPTIONS, *flags])))
-        made = Kernels(library)
-        if not _shares_threads(library):
-            return None
-        with outside():  # whoever asks first may have tensors without numbers
-            if _right(made):
-                return made
-        problem = "it gives other numbers than PyTorch's own operations"
-    except subprocess.CalledProcessError as error:
-        problem = f"{found[0]} does not compile it ({first_words(OSError(error.stderr.decode(errors='replace')))})"
-    except (OSError, AttributeError) as error:
-        problem = first_words(error)
-    warnings.warn(f"going on without {SOURCE.name}: {problem}", stacklevel=2)
-    return None
+    return tried(SOURCE.name, lambda: _loaded([*found, *OPTIONS, *flags]), _right)
+
+
+def _loaded(command: list[str]) -> Kernels | None:
+    library = ctypes.CDLL(str(_built(command)))
+    return Kernels(library) if _shares_threads(library) else None
 
 
 def _built(command: list[str]) -> Path:
@@ -137,7 +127,9 @@ def _built(command: list[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as made:
             new = Path(made) / "native.so"
-            subprocess.run([*command, "-o", new, SOURCE, "-lm"], check=True, capture_output=True)
+            done = subprocess.run([*command, "-o", new, SOURCE, "-lm"], capture_output=True)
+            if done.returncode:
+                raise OSError(f"{command[0]} does not compile it ({first_words(OSError(done.stderr.decode(errors='replace')))})")
             new.replace(path)
     return path
 

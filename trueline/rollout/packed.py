@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trueline.model.adapters import low_ranks, merged_weight
-from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix, rotation
+from trueline.model.decoder import MLP, Attention, Block, Decoder, DecoderConfig, Prefix, halves, rotation
 from trueline.model.layout import Layout, Prefixed
 from trueline.parallel.world import fast_bfloat16
 from trueline.rollout.memory import Decode, Mixed
@@ -52,10 +52,10 @@ def copied_bytes(decoder: Decoder, role: str | None) -> int:
     """Of the matrices that `PackedDecoder(decoder, role)` makes anew."""
     every, weight = native_for(decoder) is None, decoder.embed.weight
     total = weight.nbytes if every else 0  # the head's are as many
-    for half in (half for block in decoder.layers for half in (cast(Block, block).attention, cast(Block, block).mlp)):
+    for half in halves(decoder):
         merged = low_ranks(half, role) if role is not None else {}
-        linears = ((name, linear) for name, linear in half.named_children() if isinstance(linear, nn.Linear))
-        total += sum(linear.weight.nbytes for name, linear in linears if every or name in "qkv" or name in merged)
+        names = (name for group in half.groups() for name in group if every or name in "qkv" or name in merged)
+        total += sum(cast(nn.Linear, getattr(half, name)).weight.nbytes for name in names)
     return total
 
 
